@@ -1,0 +1,61 @@
+# make setup   .venv with everything the program needs
+# make demo    set-up, toy data, FT and MIB on a two-step task (about 5 minutes on 2 cores)
+# make test    set-up, lint, type check, tests
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+# A .venv made by another interpreter than a PYTHON given by hand is made anew.
+ifneq ($(origin PYTHON),file)
+  WANTED := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+  PRESENT := $(shell test -x $(BIN)/python && $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+  ifneq ($(PRESENT),$(WANTED))
+    $(shell rm -rf $(VENV))
+  endif
+endif
+
+.PHONY: setup demo test test-long lint types bench compare iabn check-weights clean
+
+setup: $(VENV)/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "error: $(PYTHON) is missing or older than 3.10: make $(MAKECMDGOALS) PYTHON=python3.x" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt | $(BIN)/python
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.tools: tests/requirements.txt $(VENV)/.installed
+	$(PIP) -r tests/requirements.txt
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.demo
+
+lint: $(VENV)/.tools
+	$(BIN)/ruff check .
+
+types: $(VENV)/.tools
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/python -m pytest -n 2 -m "not long"
+
+test-long: $(VENV)/.tools
+	$(BIN)/python -m pytest -m long
+
+# In-Place ABN's own CUDA kernels; README says when they pay. Needs nvcc for a CUDA torch.
+iabn: $(VENV)/.installed
+	$(PIP) setuptools setuptools_scm wheel ninja
+	$(PIP) --no-build-isolation --no-deps inplace-abn
+
+check-weights: $(VENV)/.installed
+	$(BIN)/python pretrained/check_md5.py
+
+clean:
+	rm -rf $(VENV) demo compare .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,28 @@
+"""What every test file shares: one thread per test process, and where ../shared lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The workplace's reference data, which users do not have."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared (reference data of the workplace)")
+    return SHARED
+
+
+@pytest.fixture
+def photographs(shared: Path) -> Path:
+    """A data root of real photographs in the VOC layout."""
+    return shared / "data" / "ccp"

@@ -1,0 +1,131 @@
+"""One code path for one process and many; the only room that talks to torch.distributed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.errors import UserError
+
+# Rank 0 may scan a whole dataset while the others wait.
+TIMEOUT = timedelta(hours=2)
+
+
+def init(local_rank: int | None = None) -> torch.device:
+    """Join the processes that a launcher started, if one did; returns this process's device.
+
+    A launcher (torchrun, torch.distributed.launch) sets RANK and WORLD_SIZE; without them the
+    program runs as a single process. `local_rank` is what the launcher passed as a flag, else
+    LOCAL_RANK is read. NCCL on GPU, gloo on CPU. Raises UserError for more processes than GPUs.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank
+    cuda = torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local} has no GPU of its own, this machine shows "
+            f"{torch.cuda.device_count()}: lower --nproc_per_node"
+        )
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None
+        )
+    return device
+
+
+def shutdown() -> None:
+    """Leave the group, if there is one."""
+    if _active():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """0 .. world_size - 1; 0 for a single process."""
+    return dist.get_rank() if _active() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if _active() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that logs and writes."""
+    return rank() == 0
+
+
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum over the processes, in place and returned."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average(tensor: Tensor) -> Tensor:
+    """Mean over the processes, in place and returned."""
+    return all_reduce(tensor).div_(world_size())
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every process rank 0's buffers: unsynchronised norms keep statistics of their own."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
+class PeerStopped(Exception):
+    """Rank 0 stopped with an error of its own while this process waited for it."""
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 runs the block, then the others do: what it writes to disk they find.
+
+    Where the block fails on rank 0, the others raise PeerStopped instead of running it.
+    """
+    if is_main():
+        try:
+            yield
+        except BaseException:
+            _announce(failed=True)
+            raise
+        _announce(failed=False)
+    else:
+        if _announce(failed=False):
+            raise PeerStopped
+        yield
+
+
+def _announce(failed: bool) -> bool:
+    """Whether any process says that it failed; all wait for each other here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return bool(all_reduce(torch.tensor(float(failed), device=device)).item())
+
+
+def wrap(module: nn.Module, device: torch.device) -> nn.Module:
+    """DistributedDataParallel where there are several processes, else the module itself.
+
+    Buffers are not broadcast at every forward pass: training does not read them
+    (`broadcast_buffers` does it before they are).
+    """
+    if world_size() == 1:
+        return module
+    return DistributedDataParallel(
+        module,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,272 @@
+"""Penalties on changed weights: EWC, PI and RW (SPEC section 8).
+
+Common contract. `update` is called once per iteration, after the backward pass of the data loss
+(gradients averaged over ranks and unscaled) and before the penalty's gradient is added; g below is
+that gradient, theta a parameter, theta_old the teacher's. `penalty` is None at step 0.
+
+Two kinds of state leave a step: `export` is what the next step starts from (importances), while
+`state_dict` is all that a resume within the step needs (snapshots and counters as well).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+TensorDict = dict[str, Tensor]
+
+
+class Regularizer(ABC):
+    """Base of the three.
+
+    Args:
+        student: the bare model (not wrapped for distribution). Parameters without a gradient
+            (`--freeze`, `--fix_bn`) keep their importances and add nothing.
+        teacher: the model of the step before, None at step 0.
+        earlier: what that step exported; its tensors are penalised after `norm`.
+        normalize: scale each stored tensor to [0, 1] before use (`--reg_no_normalize` off).
+
+    Raises UserError where `earlier` does not fit the teacher.
+    """
+
+    tensors: tuple[str, ...]  # names of the per-parameter running state
+    exported: tuple[str, ...]  # names of the importances that the next step reads
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        earlier: Mapping[str, TensorDict] | None = None,
+        *,
+        normalize: bool = True,
+    ) -> None:
+        self.parameters = dict(student.named_parameters())
+        old = dict(teacher.named_parameters()) if teacher is not None else {}
+        self.reference = {k: old[k].detach() for k in self.parameters if k in old}
+        self.earlier = self._checked(earlier or {}) if teacher is not None else {}
+        self.importance = self._importance(normalize)
+
+    def _checked(self, earlier: Mapping[str, TensorDict]) -> dict[str, TensorDict]:
+        for name in self.exported:
+            stored = earlier.get(name)
+            if stored is None:
+                raise UserError(
+                    f"the checkpoint of the step before holds no {name!r} importances: train that "
+                    "step with the same --regularizer"
+                )
+            for key, old in self.reference.items():
+                if key not in stored or stored[key].shape != old.shape:
+                    raise UserError(f"the stored {name!r} importances lack or do not fit {key}")
+        device = next(iter(self.parameters.values())).device
+        return {
+            name: {k: v.to(device) for k, v in earlier[name].items()} for name in self.exported
+        }
+
+    def _importance(self, normalize: bool) -> TensorDict:
+        """Sum over the stored tensors, each normalised, for the parameters the teacher has."""
+        scale = _to_unit_range if normalize else lambda t: t
+        stored = list(self.earlier.values())
+        return {k: sum(scale(s[k]) for s in stored) for k in self.reference} if stored else {}  # type: ignore[misc]
+
+    @abstractmethod
+    def update(self) -> None:
+        """Take in one iteration's gradients (`parameter.grad`)."""
+
+    @abstractmethod
+    def export(self) -> dict[str, TensorDict]:
+        """The importances the next step reads, as of now."""
+
+    def penalty(self) -> Tensor | None:
+        """Sum of importance * (theta - theta_old)^2 over all elements; None at step 0."""
+        if not self.importance:
+            return None
+        terms = [
+            (weight * (self.parameters[k] - self.reference[k]) ** 2).sum()
+            for k, weight in self.importance.items()
+        ]
+        return torch.stack(terms).sum()
+
+    def add_penalty_gradient(self, weight: float) -> Tensor | None:
+        """Add weight * d penalty / d theta to the gradients; returns weight * penalty, detached.
+
+        Not through `backward`, whose hooks would average over the ranks once more.
+        """
+        penalty = self.penalty()
+        if penalty is None:
+            return None
+        used = [p for k in self.importance if (p := self.parameters[k]).requires_grad]
+        gradients = torch.autograd.grad(weight * penalty, used)
+        for parameter, gradient in zip(used, gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad += gradient
+        return weight * penalty.detach()
+
+    def gradients_finite(self) -> bool:
+        """Whether `update` may be called: an iteration that overflowed is left out of it."""
+        sums = [p.grad.sum() for p in self.parameters.values() if p.grad is not None]
+        return bool(torch.stack(sums).isfinite().all())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running state for a resume within the step."""
+        return {name: dict(getattr(self, name)) for name in self.tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the running state of the same step; UserError where it does not fit."""
+        for name in self.tensors:
+            own, stored = getattr(self, name), state.get(name)
+            if not isinstance(stored, Mapping) or not set(stored) <= set(self.parameters):
+                raise UserError(f"the checkpoint's regularizer state does not fit: {name!r}")
+            own.clear()
+            own.update({k: v.to(self.parameters[k].device) for k, v in stored.items()})
+
+    def _gradients(self) -> list[tuple[str, Tensor, Tensor]]:
+        """(name, theta, g) of every watched parameter that has a gradient."""
+        return [
+            (k, p.detach(), p.grad.detach())
+            for k, p in self.parameters.items()
+            if p.grad is not None
+        ]
+
+
+class _FisherRegularizer(Regularizer):
+    """Keeps F, a running mean of squared gradients: F <- alpha g^2 + (1 - alpha) F.
+
+    F starts at the stored one, or at 1.
+    """
+
+    def __init__(self, *args: Any, alpha: float = 0.9, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.alpha = alpha
+        stored = self.earlier.get("fisher", {})
+        self.fisher = {
+            k: stored[k].clone() if k in stored else torch.ones_like(p, requires_grad=False)
+            for k, p in self.parameters.items()
+        }
+
+    def update_fisher(self) -> None:
+        for k, _, g in self._gradients():
+            self.fisher[k].mul_(1 - self.alpha).addcmul_(g, g, value=self.alpha)
+
+
+class EWC(_FisherRegularizer):
+    """Elastic Weight Consolidation (Kirkpatrick et al., PNAS 2017), Fisher kept online."""
+
+    tensors = exported = ("fisher",)
+
+    def update(self) -> None:
+        self.update_fisher()
+
+    def export(self) -> dict[str, TensorDict]:
+        return {"fisher": self.fisher}
+
+
+class PI(Regularizer):
+    """Path Integral, also Synaptic Intelligence (Zenke et al., ICML 2017).
+
+    Delta starts at 0 in every step and sums g * (theta_prev - theta); the exported score is
+    max(0, Delta / ((theta - theta_ref)^2 + 1e-20)) + the earlier score, theta_ref being the
+    teacher's value, or that at the start of the step for parameters the teacher lacks.
+    """
+
+    tensors = ("delta", "snapshot", "start")
+    exported = ("score",)
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.delta = {k: torch.zeros_like(p) for k, p in self.parameters.items()}
+        self.snapshot: TensorDict = {}
+        self.start = {
+            k: p.detach().clone() for k, p in self.parameters.items() if k not in self.reference
+        }
+
+    def update(self) -> None:
+        for k, theta, g in self._gradients():
+            if k in self.snapshot:
+                self.delta[k] += g * (self.snapshot[k] - theta)
+            self.snapshot[k] = theta.clone()
+
+    def export(self) -> dict[str, TensorDict]:
+        score, earlier = {}, self.earlier.get("score", {})
+        for k, p in self.parameters.items():
+            reference = self.reference[k] if k in self.reference else self.start[k]
+            score[k] = (self.delta[k] / ((p.detach() - reference) ** 2 + 1e-20)).clamp_min(0)
+            if k in earlier:
+                score[k] += earlier[k]
+        return {"score": score}
+
+
+class RW(_FisherRegularizer):
+    """Riemannian Walk (Chaudhry et al., ECCV 2018).
+
+    Every `interval`-th call, the first included and before F changes, the score grows by
+    g (theta_prev - theta) / (F (theta - theta_prev)^2 / 2 + 1e-8). Exported: F, and the score cut
+    at 0 and averaged half and half with the earlier one.
+    """
+
+    tensors = ("fisher", "running_score", "snapshot")
+    exported = ("fisher", "score")
+
+    def __init__(self, *args: Any, interval: int = 10, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.interval = interval
+        self.calls = 0
+        self.running_score = {k: torch.zeros_like(p) for k, p in self.parameters.items()}
+        self.snapshot: TensorDict = {}
+
+    def update(self) -> None:
+        if self.calls % self.interval == 0:
+            for k, theta, g in self._gradients():
+                if k in self.snapshot:
+                    moved = self.snapshot[k] - theta
+                    distance = 0.5 * self.fisher[k] * moved**2 + 1e-8
+                    self.running_score[k] += g * moved / distance
+                self.snapshot[k] = theta.clone()
+        self.calls += 1
+        self.update_fisher()
+
+    def export(self) -> dict[str, TensorDict]:
+        earlier = self.earlier.get("score", {})
+        score = {k: s.clamp_min(0) for k, s in self.running_score.items()}
+        for k in score.keys() & earlier.keys():
+            score[k] = 0.5 * (score[k] + earlier[k])
+        return {"fisher": self.fisher, "score": score}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "calls": self.calls}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.calls = int(state["calls"])
+
+
+def make_regularizer(
+    kind: str | None,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    earlier: Mapping[str, TensorDict] | None,
+    *,
+    normalize: bool,
+    alpha: float,
+    interval: int,
+) -> Regularizer | None:
+    """`ewc`, `pi`, `rw` or None -> the regulariser, or None."""
+    if kind is None:
+        return None
+    if kind == "ewc":
+        return EWC(student, teacher, earlier, normalize=normalize, alpha=alpha)
+    if kind == "pi":
+        return PI(student, teacher, earlier, normalize=normalize)
+    return RW(student, teacher, earlier, normalize=normalize, alpha=alpha, interval=interval)
+
+
+def _to_unit_range(t: Tensor) -> Tensor:
+    low, high = t.min(), t.max()
+    return (t - low) / (high - low + 1e-8)
