@@ -1,0 +1,143 @@
+"""The network with a classifier that grows: body -> head -> one 1x1 convolution per step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modules.deeplab import DeeplabV3
+from modules.norm import ABN
+from modules.residual import Norm
+from modules.resnet import ResNet
+from utils.checkpoint import load_file, strip_module_prefix
+from utils.errors import UserError
+
+HEAD_CHANNELS = 256
+
+
+class Output(NamedTuple):
+    """What a forward pass returns, all at body resolution (h w = H W / output stride)."""
+
+    logits: Tensor  # B C h w, channels in head order: cls.0, cls.1, ...
+    features: Tensor  # B D h w, of the body
+    pre_logits: Tensor  # B 256 h w, of the head
+
+
+class IncrementalSegmentationModule(nn.Module):
+    """DeepLabv3 whose classifier has one 1x1 convolution per step, concatenated.
+
+    Args:
+        classes_per_step: channels of cls.0, cls.1, ...; the first includes background.
+        fix_bn: normalisation layers keep their statistics, weight and bias.
+    """
+
+    def __init__(
+        self, body: ResNet, head: DeeplabV3, classes_per_step: Sequence[int], fix_bn: bool = False
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+        self.cls = nn.ModuleList(nn.Conv2d(HEAD_CHANNELS, n, 1) for n in classes_per_step)
+        self.fix_bn = fix_bn
+        if fix_bn:
+            for norm in self._norms():
+                norm.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Output:
+        """Images B 3 H W, ImageNet-normalised -> logits, body features, pre-logits."""
+        features = self.body(images)
+        pre_logits = self.head(features)
+        logits = torch.cat([classifier(pre_logits) for classifier in self.cls], 1)
+        return Output(logits, features, pre_logits)
+
+    def train(self, mode: bool = True) -> IncrementalSegmentationModule:
+        super().train(mode)
+        if self.fix_bn:
+            for norm in self._norms():
+                norm.eval()
+        return self
+
+    @torch.no_grad()
+    def init_balanced(self) -> None:
+        """Share the background's probability among background and the N newest classes.
+
+        Cermelli et al., CVPR 2020, eq. 10-11: each new weight is the background's; each new bias
+        and the background's own become the old background bias - log(N + 1).
+        """
+        first, newest = self.cls[0], self.cls[-1]
+        bias = first.bias[0] - math.log(newest.bias.numel() + 1)
+        newest.weight.copy_(first.weight[:1].expand_as(newest.weight))
+        newest.bias.fill_(bias)
+        first.bias[0] = bias
+
+    def _norms(self) -> list[ABN]:
+        return [m for m in self.modules() if isinstance(m, ABN)]
+
+
+def make_model(
+    backbone: str,
+    norm: Norm,
+    classes_per_step: Sequence[int],
+    *,
+    output_stride: int = 16,
+    pooling: int = 32,
+    fix_bn: bool = False,
+) -> IncrementalSegmentationModule:
+    """Build the network with random weights (seed torch beforehand to fix them)."""
+    body = ResNet(backbone, norm, output_stride)
+    head = DeeplabV3(body.out_channels, HEAD_CHANNELS, norm, output_stride, pooling)
+    return IncrementalSegmentationModule(body, head, classes_per_step, fix_bn)
+
+
+def load_imagenet_weights(body: nn.Module, path: Path) -> None:
+    """Load `{"state_dict": ...}` of an ImageNet classifier strictly into the body.
+
+    `module.` prefixes are stripped and `classifier.fc.*` is dropped. Raises UserError for a missing
+    or unreadable file and for keys or shapes that do not fit.
+    """
+    cure = "see pretrained/README.md, or start from random weights with --no-pretrained"
+    if not path.is_file():
+        raise UserError(f"no ImageNet weights at {path}: {cure}")
+    content = load_file(path)
+    state = content.get("state_dict")
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds no 'state_dict': {cure}")
+    state = strip_module_prefix(state)
+    state = {k: v for k, v in state.items() if not k.startswith("classifier.fc.")}
+    load_state(body, state, f"ImageNet weights {path}", cure)
+
+
+def load_state(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    what: str,
+    cure: str,
+    may_miss: tuple[str, ...] = (),
+) -> None:
+    """Load a state dict; UserError (and an untouched module) where keys or shapes differ.
+
+    Keys that start with a prefix in `may_miss` may be absent. Older files have no
+    `num_batches_tracked`; nothing is computed from it, so it may be absent as well.
+    """
+    own = module.state_dict()
+    missing = [
+        k
+        for k in own
+        if k not in state
+        and not (may_miss and k.startswith(may_miss))
+        and not k.endswith("num_batches_tracked")
+    ]
+    unexpected = [k for k in state if k not in own]
+    shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
+    for kind, keys in (("missing", missing), ("unknown", unexpected), ("of another shape", shapes)):
+        if keys:
+            raise UserError(f"{what} does not fit: {len(keys)} keys {kind}, first {keys[0]}: {cure}")
+    bad = next((k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()), "")
+    if bad:
+        raise UserError(f"{what} holds values that are not finite, first in {bad}: {cure}")
+    module.load_state_dict(dict(state), strict=False)
