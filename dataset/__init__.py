@@ -1,0 +1,99 @@
+"""Data sets: a row each in DATASETS; the images and labels of one step of a task."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dataset.ade import ADE
+from dataset.incremental import IncrementalSegmentation, label_map
+from dataset.sampler import HOLD_OUT, generator
+from dataset.spec import DatasetSpec
+from dataset.transform import EvalTransform, TrainTransform
+from dataset.voc import VOC
+from tasks import Task, check_step
+from utils.errors import UserError
+
+DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in (VOC, ADE)}
+
+HELD_OUT = 0.2  # share of the training images that --cross_val validates on
+
+
+@dataclass(frozen=True)
+class StepDatasets:
+    """What one step trains on, validates on and is tested on."""
+
+    train: IncrementalSegmentation
+    val: IncrementalSegmentation
+    test: IncrementalSegmentation
+
+
+def get_spec(name: str) -> DatasetSpec:
+    """Raises UserError for a name that is no key of DATASETS."""
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def build_datasets(
+    spec: DatasetSpec,
+    data_root: Path,
+    task: Task,
+    step: int,
+    *,
+    overlap: bool,
+    crop_size: int,
+    seed: int,
+    masking: bool = True,
+    crop_val: bool = True,
+    val_on_trainset: bool = False,
+    cross_val: bool = False,
+    workdir: Path = Path("."),
+) -> StepDatasets:
+    """The data of `step`, with the labels that training and evaluation see there.
+
+    `masking` False keeps old labels in training; without `crop_val` validation and test see whole
+    images of differing sizes, so batches of one. Validation uses the val list, with
+    `val_on_trainset` the whole train list, with `cross_val` a fifth of the step's training images,
+    which training then goes without. The test always uses the val list. A missing split list is
+    computed and stored under `workdir`: with several processes, call this in one of them first.
+
+    Raises:
+        UserError: a step out of range, a negative seed, missing or unfitting files.
+    """
+    # Imported here, else `python -m dataset.splits` would find itself imported already.
+    from dataset.splits import training_indices
+
+    check_step(task, step)
+    if seed < 0:
+        raise UserError(f"random seed {seed} is negative: use --random_seed 0 or more")
+    train_samples = spec.find_samples(data_root, "train")
+    val_samples = spec.find_samples(data_root, "val")
+    train_indices = training_indices(spec, data_root, task, step, overlap, workdir)
+    eval_labels = label_map(spec, task, step, train=False)
+    evaluation = eval_labels, EvalTransform(crop_size if crop_val else None), seed
+    test = IncrementalSegmentation(spec, val_samples, np.arange(len(val_samples)), *evaluation)
+    val = test
+    if cross_val:
+        train_indices, held_out = hold_out(train_indices, seed)
+        val = IncrementalSegmentation(spec, train_samples, held_out, *evaluation)
+    elif val_on_trainset:
+        everything = np.arange(len(train_samples))
+        val = IncrementalSegmentation(spec, train_samples, everything, *evaluation)
+    labels = label_map(spec, task, step, train=True, masking=masking)
+    transform = TrainTransform(crop_size)
+    train = IncrementalSegmentation(spec, train_samples, train_indices, labels, transform, seed)
+    return StepDatasets(train, val, test)
+
+
+def hold_out(indices: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(kept, held out): `indices` split at random by `seed` alone, order kept, at least one each.
+
+    Raises UserError if there are fewer than two.
+    """
+    if len(indices) < 2:
+        raise UserError("--cross_val needs at least two training images: leave it out")
+    number = max(1, round(HELD_OUT * len(indices)))
+    held = np.zeros(len(indices), dtype=bool)
+    held[generator(HOLD_OUT, seed).permutation(len(indices))[:number]] = True
+    return indices[~held], indices[held]

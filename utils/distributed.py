@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,9 +43,13 @@ def init(local_rank: int | None = None) -> torch.device:
     return device
 
 
-def shutdown() -> None:
-    """Leave the group, if there is one."""
-    if _active():
+def shutdown(failed: bool = False) -> None:
+    """Leave the group, if there is one.
+
+    After a failure other processes may hang in a collective that NCCL would wait for; the launcher
+    ends them.
+    """
+    if _active() and not (failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
 
 
@@ -119,11 +124,13 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return module
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         module,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{buffers: False},
     )
 
 

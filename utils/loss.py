@@ -50,12 +50,13 @@ class UnbiasedCrossEntropy:
     old_classes: int
 
     def __call__(self, logits: Tensor, old_logits: Tensor | None, labels: Tensor) -> Tensor:
-        normalizer = logits.logsumexp(1)
-        background = logits[:, : self.old_classes].logsumexp(1)
+        old, new = logits.split([self.old_classes, logits.shape[1] - self.old_classes], 1)
+        background = old.logsumexp(1)
+        normalizer = torch.logaddexp(background, new.logsumexp(1))
         ignored = labels == IGNORE_INDEX
-        own = logits.gather(1, labels.masked_fill(ignored, 0)[:, None])[:, 0]
-        evidence = torch.where(labels < self.old_classes, background, own)
-        return (normalizer - evidence).masked_fill(ignored, 0)
+        is_new = (labels >= self.old_classes) & ~ignored
+        own = new.gather(1, (labels - self.old_classes).where(is_new, 0)[:, None])[:, 0]
+        return (normalizer - own.where(is_new, background)).masked_fill(ignored, 0)
 
 
 def binary_cross_entropy(logits: Tensor, old_logits: Tensor | None, labels: Tensor) -> Tensor:
@@ -93,11 +94,14 @@ class UnbiasedKnowledgeDistillation:
     def __call__(self, logits: Tensor, old_logits: Tensor | None, labels: Tensor) -> Tensor:
         old_logits = _required(old_logits)
         old_classes = old_logits.shape[1]
-        normalizer = logits.logsumexp(1)
-        new_and_background = torch.cat([logits[:, :1], logits[:, old_classes:]], 1).logsumexp(1)
+        background, old, new = logits.split(
+            [1, old_classes - 1, logits.shape[1] - old_classes], 1
+        )
+        new_or_background = torch.logaddexp(background[:, 0], new.logsumexp(1))
+        normalizer = torch.logaddexp(new_or_background, old.logsumexp(1))
         q = (self.alpha * old_logits).softmax(1)
         # The q sum to one, so the normalizer can be taken out of the sum over classes.
-        agreement = q[:, 0] * new_and_background + (q[:, 1:] * logits[:, 1:old_classes]).sum(1)
+        agreement = q[:, 0] * new_or_background + (q[:, 1:] * old).sum(1)
         return (normalizer - agreement) / old_classes
 
 

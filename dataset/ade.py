@@ -1,0 +1,69 @@
+"""ADE20K in the form of SceneParse150: where the files lie."""
+
+import os
+from pathlib import Path
+
+from dataset.spec import DatasetSpec, Sample, Tree
+from utils.errors import UserError
+
+FOLDER = "ADEChallengeData2016"
+FOLDERS = {"train": "training", "val": "validation"}
+CURE = "fetch the data with `sh data/download_ade.sh` inside the data root"
+
+# objectInfo150.txt of the benchmark, the first synonym of each class.
+_NAMES = """background, wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass,
+    cabinet, sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water,
+    painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, rock,
+    wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, chest of drawers,
+    counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway,
+    case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee
+    table, toilet, flower, book, hill, bench, countertop, stove, palm, kitchen island, computer,
+    swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck, tower, chandelier,
+    awning, streetlight, booth, television receiver, airplane, dirt track, apparel, pole, land,
+    bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer
+    belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag,
+    minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle,
+    lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
+    ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass,
+    clock, flag"""
+CLASS_NAMES = tuple(" ".join(_NAMES.split()).split(", "))
+
+
+def find_samples(data_root: Path, split: str) -> list[Sample]:
+    """Samples of a split ("train" or "val") sorted by file name.
+
+    Raises UserError where an image has no mask or a mask no image: positions in the list would no
+    longer be those that split lists mean.
+    """
+    tree = Tree(data_root, FOLDER, CURE)
+    images = _stems(tree, f"images/{FOLDERS[split]}", ".jpg")
+    masks = _stems(tree, f"annotations/{FOLDERS[split]}", ".png")
+    where = os.path.join(data_root, FOLDER)
+    if not images:
+        raise UserError(f"{where}/images/{FOLDERS[split]} holds no .jpg image; {CURE}")
+    if orphans := sorted(masks - images):
+        raise UserError(f"{where}: mask {orphans[0]}.png of {FOLDERS[split]} has no image; {CURE}")
+    return [
+        Sample(
+            tree.find(f"images/{FOLDERS[split]}/{stem}.jpg", where),
+            tree.find(f"annotations/{FOLDERS[split]}/{stem}.png", where),
+        )
+        for stem in sorted(images)
+    ]
+
+
+def _stems(tree: Tree, folder: str, suffix: str) -> set[str]:
+    names = tree.files(os.path.join(tree.root, folder))
+    return {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
+
+
+ADE = DatasetSpec(
+    name="ade",
+    class_names=CLASS_NAMES,
+    background_is_class=False,
+    void=None,
+    find_samples=find_samples,
+    partition=True,
+    # The authors cut 100-50 out of their lists of 100-10.
+    joined={f"100-50{order}": f"100-10{order}" for order in ("", "b", "c")},
+)

@@ -1,0 +1,136 @@
+"""The images and labels of one step."""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dataset.sampler import AUGMENT, generator
+from dataset.spec import DatasetSpec, Sample
+from dataset.transform import Transform, to_tensor
+from tasks import Task
+from utils.constants import BACKGROUND, IGNORE_INDEX
+from utils.errors import UserError
+
+FOREIGN = 254  # what a label that the data set does not have becomes on reading
+
+
+def label_map(
+    spec: DatasetSpec, task: Task, step: int, *, train: bool, masking: bool = True
+) -> np.ndarray:
+    """(256,) uint8: original label → training index (its channel) at `step`.
+
+    Training keeps the new classes (and VOC's background); all else, void included, becomes
+    background: the shift that the paper is about. Without `masking` old classes stay too.
+    Validation and test (`train` False) keep every class seen so far; future classes, void and
+    ADE's label 0 become IGNORE_INDEX.
+    """
+    seen = task.seen(step)
+    kept = task.new(step) if train and masking else seen
+    lut = np.full(256, BACKGROUND if train else IGNORE_INDEX, dtype=np.uint8)
+    for label in kept:
+        lut[label] = seen.index(label)
+    if not train and not spec.background_is_class:
+        lut[BACKGROUND] = IGNORE_INDEX
+    return lut
+
+
+class IncrementalSegmentation(Dataset[tuple[Tensor, Tensor]]):
+    """Some samples of a data set, their labels mapped for one step.
+
+    `dataset[epoch, i]` (or `dataset[i]`, epoch 0) is the i-th of `indices`: its image, uint8
+    (3 H W) and not yet normalised (see `transform.normalize`), and its labels, uint8 (H W),
+    training indices or IGNORE_INDEX. What `transform` draws depends on seed, epoch and the sample's
+    position in the data set's list alone, not on workers, processes or restarts.
+
+    Raises on reading:
+        UserError: an unreadable or damaged file, a mask that is no 8-bit index map, a mask of
+            another size than its image, a label that the data set does not have.
+    """
+
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        samples: Sequence[Sample],
+        indices: np.ndarray,
+        labels: np.ndarray,
+        transform: Transform,
+        seed: int,
+    ) -> None:
+        """`indices`: (N,) positions in `samples`; `labels`: (256,) from `label_map`."""
+        self.spec = spec
+        self.indices = np.asarray(indices, dtype=np.int64)
+        # One array instead of many strings: workers share its memory with their parent for good.
+        self._paths = np.array([list(map(os.fsencode, samples[i])) for i in self.indices])
+        self._labels = np.where(spec.known_labels, labels, FOREIGN).astype(np.uint8)
+        self._transform = transform
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        image_path, mask_path = map(os.fsdecode, self._paths[i])
+        image, mask = read_image(image_path), read_mask(mask_path)
+        if image.size != mask.size:
+            raise UserError(
+                f"image {image_path} is {image.width}x{image.height} but its mask {mask_path} is "
+                f"{mask.width}x{mask.height} pixels: restore the pair"
+            )
+        rng = generator(AUGMENT, self._seed, epoch, int(self.indices[i]))
+        image, mask = self._transform(image, mask, rng)
+        labels = self._labels[np.asarray(mask)]
+        if (labels == FOREIGN).any():
+            raise foreign_label(self.spec, mask_path, np.unique(np.asarray(mask)))
+        return to_tensor(image), torch.from_numpy(labels)
+
+
+def foreign_label(spec: DatasetSpec, mask_path: str, labels: np.ndarray) -> UserError:
+    """The error for a mask whose `labels` are not all known to the data set."""
+    first = next(int(label) for label in labels if not spec.known_labels[label])
+    void = "" if spec.void is None else f" and {spec.void} (void)"
+    return UserError(
+        f"mask {mask_path} holds label {first}, but {spec.name} has 0 to {spec.num_classes}{void}: "
+        "correct the mask or choose another --dataset"
+    )
+
+
+def read_image(path: str) -> Image.Image:
+    """The decoded JPEG or PNG as RGB. Raises UserError naming a file that cannot be decoded."""
+    return _decode(path, ("JPEG", "PNG")).convert("RGB")
+
+
+def read_mask(path: str) -> Image.Image:
+    """The decoded PNG mask; its pixels are labels.
+
+    Raises UserError naming a file that cannot be decoded or is neither palette nor 8-bit grey.
+    """
+    mask = _decode(path, ("PNG",))
+    if mask.mode not in ("P", "L"):
+        raise UserError(
+            f"mask {path} has mode {mask.mode}: save it as a palette or 8-bit grey PNG of labels"
+        )
+    return mask
+
+
+def _decode(path: str, formats: tuple[str, ...]) -> Image.Image:
+    """Reduced-scale JPEG decoding (`Image.draft`) would belong between `open` and `load`."""
+    try:
+        data = Path(path).read_bytes()
+        image = Image.open(io.BytesIO(data), formats=formats)
+        if image.format == "PNG":
+            image.verify()  # the decoder skips the checksums of pixel data; this uses up the image
+            image = Image.open(io.BytesIO(data), formats=formats)
+        image.load()
+    except Exception as error:  # a decoder raises nearly anything when a file is damaged
+        raise UserError(
+            f"{path} cannot be read as {' or '.join(formats)} ({error}): restore the file"
+        ) from error
+    return image

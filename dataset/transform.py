@@ -1,0 +1,116 @@
+"""Augmentation and normalisation. Every draw comes from the generator that is handed in."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from utils.constants import IMAGENET_MEAN, IMAGENET_STD
+
+AREA = (0.5, 2.0)  # of the crop, as a fraction of the image
+ASPECT = (3 / 4, 4 / 3)  # width / height of the crop
+TRIES = 10
+FLIP_PROBABILITY = 0.5
+
+
+class Transform(Protocol):
+    """Image and mask of one size in, image and mask of one size out, both changed alike."""
+
+    def __call__(
+        self, image: Image.Image, mask: Image.Image, rng: np.random.Generator
+    ) -> tuple[Image.Image, Image.Image]: ...
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random resized crop to `size`², then a horizontal flip in half of the cases."""
+
+    size: int
+
+    def __call__(
+        self, image: Image.Image, mask: Image.Image, rng: np.random.Generator
+    ) -> tuple[Image.Image, Image.Image]:
+        left, top, width, height = random_crop(rng, *image.size)
+        box = (left, top, left + width, top + height)
+        # Cut before resizing: a filter that reached over the edge would see what was cropped away.
+        image, mask = _resize(image.crop(box), mask.crop(box), (self.size, self.size))
+        if rng.random() < FLIP_PROBABILITY:
+            flip = Image.Transpose.FLIP_LEFT_RIGHT
+            image, mask = image.transpose(flip), mask.transpose(flip)
+        return image, mask
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Shorter side to `size` and centre crop to `size`²; with size None nothing at all."""
+
+    size: int | None
+
+    def __call__(
+        self, image: Image.Image, mask: Image.Image, rng: np.random.Generator
+    ) -> tuple[Image.Image, Image.Image]:
+        if self.size is None:
+            return image, mask
+        width, height = image.size
+        shorter = min(width, height)
+        # Longer side rounded down, crop offset rounded half to even: as torchvision does.
+        scaled = (self.size * width // shorter, self.size * height // shorter)
+        image, mask = _resize(image, mask, scaled)
+        left, top = (round((side - self.size) / 2) for side in scaled)
+        box = (left, top, left + self.size, top + self.size)
+        return image.crop(box), mask.crop(box)
+
+
+def random_crop(rng: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:
+    """(left, top, width, height) in pixels of a random crop of an image of `width` × `height`.
+
+    Area uniform in AREA times the image's, aspect log-uniform in ASPECT. A crop that does not fit
+    is drawn again, TRIES times; then the largest centred one whose aspect lies within ASPECT, as
+    torchvision's RandomResizedCrop does.
+    """
+    for _ in range(TRIES):
+        area = width * height * rng.uniform(*AREA)
+        aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    w = min(width, round(height * ASPECT[1]))
+    h = min(height, round(width / ASPECT[0]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _resize(
+    image: Image.Image, mask: Image.Image, size: tuple[int, int]
+) -> tuple[Image.Image, Image.Image]:
+    """Both to `size` (width, height): bilinear for the image, nearest for the labels."""
+    return (
+        image.resize(size, Image.Resampling.BILINEAR),
+        mask.resize(size, Image.Resampling.NEAREST),
+    )
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image → uint8 (3 H W)."""
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+
+
+def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 RGB images (B 3 H W) → `dtype`, scaled to [0, 1], ImageNet mean and deviation removed.
+
+    Computed in at least float32 and on the device of `images`, so that a quarter of the bytes
+    travels to it. The memory format is kept.
+    """
+    compute = torch.promote_types(dtype, torch.float32)
+    mean, std = _statistics(compute, images.device)
+    return images.to(compute).div_(255).sub_(mean).div_(std).to(dtype)
+
+
+@cache  # a copy to the GPU in every iteration would make the host wait
+def _statistics(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = torch.tensor((IMAGENET_MEAN, IMAGENET_STD), dtype=dtype, device=device)
+    return mean.view(3, 1, 1), std.view(3, 1, 1)

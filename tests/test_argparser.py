@@ -1,0 +1,151 @@
+"""Flags: every spelling, the method table, remarks, and one line for what cannot work."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from argparser import get_parser, parse
+from tests.conftest import ROOT
+from utils.errors import UserError
+from utils.methods import METHODS, pixel_terms
+
+# The eight rows of SPEC section 7 as the flags that a user would have to type.
+ROWS = {
+    "FT": {},
+    "LWF": {"loss_kd": 100},
+    "LWF-MC": {"bce": True, "icarl": True, "icarl_importance": 10},
+    "ILT": {"loss_kd": 100, "loss_de": 100},
+    "EWC": {"regularizer": "ewc", "reg_importance": 500},
+    "RW": {"regularizer": "rw", "reg_importance": 100},
+    "PI": {"regularizer": "pi", "reg_importance": 500},
+    "MIB": {"unce": True, "unkd": True, "loss_kd": 10, "init_balanced": True},
+}
+
+
+def flags(opts) -> dict:
+    return {k: v for k, v in vars(opts).items() if k not in ("method", "task")}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_its_row(name: str):
+    typed = []
+    for flag, value in ROWS[name].items():
+        typed += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    assert flags(parse(["--method", name])[0]) == flags(parse(typed)[0])
+
+
+@pytest.mark.parametrize("task", ["15-5s", "15-1"])
+def test_mib_distils_harder_on_15_5s(task: str):
+    assert parse(["--method", "MIB", "--task", task])[0].loss_kd == 100
+    assert parse(["--method", "MIB", "--task", "15-5"])[0].loss_kd == 10
+
+
+@pytest.mark.parametrize("spelling", ["mib", "MiB", "MIB"])
+def test_methods_in_any_case(spelling: str):
+    assert parse(["--method", spelling])[0].method == "MIB"
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag", "value"),
+    [
+        (["--overlapped"], "overlap", True),
+        (["--overlap"], "overlap", True),
+        (["--no-pretrained"], "pretrained", False),
+        (["--no_pretrained"], "pretrained", False),
+        (["--local-rank=3"], "local_rank", 3),
+        (["--local_rank", "3"], "local_rank", 3),
+        (["--crop-size", "64"], "crop_size", 64),
+        (["--no-crop-val"], "crop_val", False),
+        (["--no_mask"], "mask", False),
+        (["--no-visualize"], "visualize", False),
+        (["--name", "my-run"], "name", "my-run"),
+        (["--name=--x-y"], "name", "--x-y"),
+        (["--norm_act", "std"], "norm_act", "std"),
+    ],
+)
+def test_every_spelling_works(argv: list[str], flag: str, value):
+    assert getattr(parse(argv)[0], flag) == value
+
+
+def test_defaults_are_the_documented_ones():
+    opts, notes = parse([])
+    expected = {
+        "name": "Experiment", "dataset": "voc", "data_root": "data", "task": "19-1", "step": 0,
+        "overlap": False, "method": None, "random_seed": 42, "num_workers": 1, "epochs": 30,
+        "batch_size": 4, "crop_size": 512, "lr": 0.007, "momentum": 0.9, "weight_decay": 1e-4,
+        "lr_policy": "poly", "lr_power": 0.9, "lr_decay_step": 5000, "lr_decay_factor": 0.1,
+        "amp": "auto", "backbone": "resnet101", "output_stride": 16, "norm_act": "iabn_sync",
+        "pooling": 32, "reg_alpha": 0.9, "reg_iterations": 10, "alpha": 1.0, "crop_val": True,
+        "val_interval": 1, "ckpt_interval": 1, "logdir": "./logs", "sample_num": 0,
+        "print_interval": 10, "visualize": True,
+    }  # fmt: skip
+    assert {k: getattr(opts, k) for k in expected} == expected
+    assert notes == []
+
+
+def test_a_typed_flag_beats_the_method_and_is_logged():
+    opts, notes = parse(["--method", "MIB", "--step", "1", "--loss_kd", "3", "--no_init_balanced"])
+    assert (opts.loss_kd, opts.init_balanced, opts.unce) == (3, False, True)
+    assert notes == [
+        "--loss_kd 3.0 replaces MIB's own value 10",
+        "--init_balanced False replaces MIB's own value True",
+    ]
+
+
+def test_a_typed_default_counts_as_typed():
+    assert parse(["--method", "LWF", "--loss_kd", "0"])[0].loss_kd == 0
+
+
+def test_idle_distillation_at_step_0_is_logged():
+    _, notes = parse(["--method", "MIB"])
+    assert notes == ["step 0 has no teacher: --loss_kd, --init_balanced idle"]
+
+
+def test_icarl_flags_stand_on_their_own():
+    opts, notes = parse(["--icarl_bkg", "--step", "1"])
+    assert list(pixel_terms(opts, 20)) == ["icarl"]
+    assert opts.icarl_disjoint
+    assert opts.bce
+    assert len(notes) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--task", "7-7x"], "7-7x"),
+        (["--task", "100-50"], "100-50"),
+        (["--dataset", "ade", "--task", "15-5s"], "15-5s"),
+        (["--step", "2"], "step"),
+        (["--step", "-1"], "step"),
+        (["--method", "MIBB"], "--method"),
+        (["--epochs", "0"], "--epochs"),
+        (["--lr", "nan"], "--lr"),
+        (["--lr", "0"], "--lr"),
+        (["--batch_size", "many"], "--batch_size"),
+        (["--frobnicate"], "--frobnicate"),
+        (["--unce", "--bce"], "--unce"),
+        (["--unkd"], "--loss_kd"),
+        (["--val_on_trainset", "--cross_val"], "--cross_val"),
+        (["--test", "--continue_ckpt"], "--continue_ckpt"),
+        (["--ckpt", "x.pth"], "--step_ckpt"),
+        (["--step_ckpt", "x.pth"], "--step_ckpt"),
+        (["--name", "a/b"], "--name"),
+        (["--name", ".."], "--name"),
+        (["--wandb_entity", "me"], "--wandb"),
+    ],
+)
+def test_what_cannot_work_is_one_line(argv: list[str], words: str):
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        parse(argv)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_flag_is_read_somewhere():
+    sources = [p for p in ROOT.glob("*.py") if p.name != "argparser.py"]
+    sources += [p for room in ("utils", "dataset", "modules") for p in (ROOT / room).glob("*.py")]
+    text = "\n".join(p.read_text() for p in sources)
+    options = {a.dest for a in get_parser()._actions} - {"help"}
+    unread = {o for o in options if not re.search(rf"\bopts\.{o}\b", text)}
+    assert unread == set()

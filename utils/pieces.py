@@ -1,0 +1,224 @@
+"""Objective and prediction at image size without full-size logits (DESIGN, idea 3).
+
+The network gives logits at body resolution (B C h w); losses and predictions are defined on their
+bilinear upsampling to image size. Both look at one pixel at a time, so the upsampling is done for a
+piece at a time, a band of rows of one image, and a B C H W tensor never exists:
+
+    piece (rows C W)  =  vertical (rows span)  @  source (span C w)  @  horizontal (w W)
+
+where `source` are the few rows of the small map that the band lies between. The gradient of a piece
+with respect to its source is autograd's own, through these two products and the plain terms of
+`utils/loss.py`; what is added here is the sum over pieces.
+
+Memory is a few pieces, whatever the batch, and nothing waits for the device. The products must be
+true float32, which is torch's default: TF32 would round the interpolation to three digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from utils.constants import IGNORE_INDEX
+from utils.loss import WeightedTerm, at_least_float32
+
+Result = TypeVar("Result")
+
+# Logits in a piece: on a CPU few enough for its cache, elsewhere enough to outweigh the launches.
+CPU_PIECE, DEVICE_PIECE = 2**20, 2**25
+
+
+def pixel_losses(
+    terms: Mapping[str, WeightedTerm],
+    logits: Tensor,
+    old_logits: Tensor | None,
+    labels: Tensor,
+    piece_size: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The pixel terms of an objective on logits upsampled to the size of the labels.
+
+    `logits` B C h w and the teacher's `old_logits` B C_old h w (None without a teacher) may be of
+    any float type; half types are computed in float32. `labels` B H W are uint8 or int64.
+    `piece_size` is the number of logits in a piece, by default one that suits the device.
+
+    Returns the sum over terms of weight * mean over all B H W pixels, differentiable once and with
+    respect to `logits` alone, and the summands by name, detached. The gradient is computed here
+    beside the values, unless grad is off; `backward` only scales it. Raises ValueError where the
+    batches differ.
+    """
+    if any(len(x) != len(logits) for x in (old_logits, labels) if x is not None):
+        raise ValueError("student, teacher and labels are batches of different length")
+    with torch.autocast(logits.device.type, enabled=False):
+        values, gradient = _evaluate(list(terms.values()), logits, old_logits, labels, piece_size)
+        total = values.sum()
+    if gradient is not None:
+        total = _WithGradient.apply(logits, total, gradient)
+    return total, dict(zip(terms, values, strict=True))
+
+
+@torch.no_grad()
+def predict(logits: Tensor, size: tuple[int, int], piece_size: int | None = None) -> Tensor:
+    """The class of every pixel: argmax of the logits B C h w upsampled to `size` = (H, W).
+
+    Returns B H W on the device of the logits: uint8, or int64 where a class index would not fit
+    below IGNORE_INDEX. Of equal logits the lowest index wins.
+    """
+    dtype = torch.uint8 if logits.shape[1] <= IGNORE_INDEX else torch.int64
+    labels = torch.empty((len(logits), *size), dtype=dtype, device=logits.device)
+    with torch.autocast(logits.device.type, enabled=False):
+        upsampled = _Upsampled(logits, size)
+
+        @torch.no_grad()
+        def classes(piece: _Piece) -> Tensor:
+            return upsampled.interpolate(upsampled.source(piece), piece).argmax(1)[:, 0]
+
+        for piece, result in upsampled.each_piece(classes, piece_size):
+            labels[piece.image, piece.rows] = result
+    return labels
+
+
+class _Piece(NamedTuple):
+    """A band of rows of one upsampled image, and the rows of the small map that it needs."""
+
+    image: int
+    rows: slice
+    span: slice
+
+
+class _Upsampled:
+    """Maps B C h w as seen at H x W, a piece at a time, in at least float32."""
+
+    def __init__(self, maps: Tensor, size: tuple[int, int]) -> None:
+        # B h C w, so that the source rows of a band lie together.
+        self.maps = at_least_float32(maps.detach()).permute(0, 2, 1, 3).contiguous()
+        self.size = size
+        height, width = self.maps.shape[1], self.maps.shape[3]
+        self.vertical = _interpolation(height, size[0], self.maps.dtype, self.maps.device)
+        self.horizontal = _interpolation(width, size[1], self.maps.dtype, self.maps.device).T
+
+    def source(self, piece: _Piece) -> Tensor:
+        """The part of the small maps that a piece is made of, span C w."""
+        return self.maps[piece.image, piece.span]
+
+    def interpolate(self, source: Tensor, piece: _Piece) -> Tensor:
+        """A piece from its source: rows C 1 W, each row of pixels an image of its own."""
+        wide = (source @ self.horizontal).flatten(1)
+        rows = self.vertical[piece.rows, piece.span] @ wide
+        return rows.view(len(rows), -1, 1, self.size[1])
+
+    def each_piece(
+        self, work: Callable[[_Piece], Result], piece_size: int | None
+    ) -> Iterator[tuple[_Piece, Result]]:
+        """All pieces, of about `piece_size` values, in order, each with work(piece).
+
+        On a CPU every core takes whole pieces: threads inside the many short operations of a piece
+        would mostly wait for each other. The results do not depend on the number of threads.
+        """
+        on_cpu = self.maps.device.type == "cpu"
+        images, height, channels, _ = self.maps.shape
+        most = (piece_size or (CPU_PIECE if on_cpu else DEVICE_PIECE)) // (channels * self.size[1])
+        bands = _bands(height, self.size[0], max(1, most))
+        pieces = [_Piece(image, *band) for image in range(images) for band in bands]
+        threads = torch.get_num_threads()
+        if not on_cpu or threads == 1:
+            yield from ((piece, work(piece)) for piece in pieces)
+            return
+        torch.set_num_threads(1)  # also for threads yet to start
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                yield from zip(pieces, pool.map(work, pieces), strict=True)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _evaluate(
+    terms: list[WeightedTerm],
+    logits: Tensor,
+    old_logits: Tensor | None,
+    labels: Tensor,
+    piece_size: int | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Weight * mean of each term and, where grad is on, the gradient of their sum, B C h w."""
+    size = (labels.shape[1], labels.shape[2])
+    student = _Upsampled(logits, size)
+    teacher = None if old_logits is None else _Upsampled(old_logits, size)
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+
+    def sums(piece: _Piece) -> tuple[Tensor, Tensor | None]:
+        y = labels[piece.image, piece.rows, None].long()
+        with torch.no_grad():
+            x_old = teacher.interpolate(teacher.source(piece), piece) if teacher else None
+        with torch.set_grad_enabled(with_gradient):
+            source = student.source(piece).requires_grad_(with_gradient)
+            x = student.interpolate(source, piece)
+            losses = [weight * term(x, x_old, y) for term, weight in terms]
+            values = torch.stack([loss.sum(dtype=torch.float64) for loss in losses])
+        gradient = torch.autograd.grad(values.sum(), source)[0] if with_gradient else None
+        return values.detach(), gradient
+
+    total = torch.zeros(len(terms), dtype=torch.float64, device=logits.device)
+    total_gradient = torch.zeros_like(student.maps)
+    for piece, (values, gradient) in student.each_piece(sums, piece_size):
+        total += values
+        if gradient is not None:
+            total_gradient[piece.image, piece.span] += gradient
+    # Divided last: the share of a single pixel, 1 / (B H W) of this, could be a denormal number.
+    means = (total / labels.numel()).to(student.maps.dtype)
+    if not with_gradient:
+        return means, None
+    return means, total_gradient.div_(labels.numel()).permute(0, 2, 1, 3)
+
+
+class _WithGradient(torch.autograd.Function):
+    """`total`, tied to `logits` by a gradient that is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, total: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        return total.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        # Scaled before it is rounded to a half type: that is what a loss scaler is for.
+        return (gradient * grad_output).to(ctx.dtype), None, None
+
+
+@lru_cache(maxsize=64)
+def _interpolation(
+    size_in: int, size_out: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Linear interpolation (align_corners=False) along one axis as a matrix, size_out size_in."""
+    with torch.inference_mode(False):  # the cache outlives the mode it was filled in
+        unit = torch.eye(size_in, dtype=torch.float64, device=device)
+        rows = F.interpolate(unit[None], size=size_out, mode="linear", align_corners=False)
+        return rows[0].T.to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _bands(size_in: int, size_out: int, most: int) -> tuple[tuple[slice, slice], ...]:
+    """Cut `size_out` rows into bands of at most `most`: (its rows, the source rows they need).
+
+    Bands have equal height where a divisor of `size_out` allows it at no more than twice their
+    number, and spans of equal length always: shapes that a compiler has to see once.
+    """
+    least = -(-size_out // most)
+    count = next((n for n in range(least, 2 * least) if size_out % n == 0), least)
+    starts = range(0, size_out, -(-size_out // count))
+    weights = _interpolation(size_in, size_out, torch.float64, torch.device("cpu"))
+    used = [band.any(0).nonzero() for band in weights.split(starts.step)]
+    span = max(int(rows[-1] - rows[0]) for rows in used) + 1
+    first = [min(int(rows[0]), size_in - span) for rows in used]
+    return tuple(
+        (slice(start, min(start + starts.step, size_out)), slice(low, low + span))
+        for start, low in zip(starts, first, strict=True)
+    )

@@ -1,0 +1,125 @@
+"""The result files of a task: `<setting>.csv` with the IoU of every class, `<setting>-agg.csv` with
+the means; a row per tested step of a run. Rows hold nothing that a second run would not reproduce.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from metrics.stream_metrics import Scores
+from utils.errors import UserError
+from utils.files import atomic_write
+
+NO_GROUND_TRUTH = "X"
+
+
+@dataclass(frozen=True)
+class ResultKey:
+    """What a row is about; a later row with the same key takes the place of the earlier one."""
+
+    name: str
+    method: str
+    step: int
+    seed: int
+
+
+_KEYS = tuple(ResultKey.__dataclass_fields__)
+
+
+def result_files(logdir: Path, setting: str) -> tuple[Path, Path]:
+    """Paths of the per-class file and of the file of means; setting = <dataset>-<task>[-ov]."""
+    folder = logdir / "results"
+    return folder / f"{setting}.csv", folder / f"{setting}-agg.csv"
+
+
+def write_results(
+    logdir: Path, setting: str, key: ResultKey, scores: Scores, class_names: Sequence[str]
+) -> None:
+    """Adds a tested step to both files, or replaces its row.
+
+    Args:
+        class_names: all classes of the task in head order, background first. Each gets a column
+            `<index>:<name>`, empty where the step does not know the class yet.
+
+    Raises:
+        UserError: the disk is full, the folder not writable, or a file there is no result file.
+    """
+    per_class, means = result_files(logdir, setting)
+    columns = [f"{index}:{name}" for index, name in enumerate(class_names)]
+    iou = [_text(value) for value in scores.iou]
+    unseen = [""] * (len(columns) - len(iou))
+    row = {"mean_iou": _text(scores.with_background)}
+    row |= dict(zip(columns, iou + unseen, strict=True))
+    _put(per_class, key, row)
+    _put(means, key, {name: _text(value) for name, value in scores.means().items()})
+
+
+def read_results(path: Path) -> list[dict[str, str | int | float | None]]:
+    """Rows of a result file, column name -> value, in the order of the file.
+
+    name, method: str; step, seed: int; else float, nan = no ground truth, None = not seen yet.
+    Raises UserError if the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"no result file {path}: test a step first, or name another file")
+    try:
+        return [
+            {column: _value(column, text) for column, text in row.items()} for row in _rows(path)
+        ]
+    except ValueError as error:
+        raise _damaged(path, error) from error
+
+
+def _put(path: Path, key: ResultKey, values: Mapping[str, str]) -> None:
+    """Writes the row at its place among the rows of `path`, whose columns stay and may grow."""
+    new = {name: str(value) for name, value in asdict(key).items()} | dict(values)
+    # Other runs write here too: reading happens under the lock that atomic_write holds.
+    with atomic_write(path) as file:
+        rows = _rows(path) if path.exists() else []
+        place = [[row[column] for column in _KEYS] for row in rows]
+        wanted = [new[column] for column in _KEYS]
+        at = place.index(wanted) if wanted in place else len(rows)
+        rows[at : at + 1] = [new]
+        columns = dict.fromkeys(column for row in rows for column in row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        file.write(text.getvalue().encode())
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows as text. Raises UserError unless it is a table with the columns of the key."""
+    try:
+        # utf-8-sig: a spreadsheet program may have put a byte-order mark in front.
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            header, *rows = list(csv.reader(file, strict=True)) or [list(_KEYS)]
+        if header[: len(_KEYS)] != list(_KEYS):
+            raise ValueError(f"the first columns are not {', '.join(_KEYS)}")
+        return [dict(zip(header, row, strict=True)) for row in rows]
+    except (ValueError, csv.Error) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a result file ({error}): move it away or mend it")
+
+
+def _text(value: float) -> str:
+    """Shortest text that reads back as the same number."""
+    return NO_GROUND_TRUTH if math.isnan(value) else repr(float(value))
+
+
+def _value(column: str, text: str) -> str | int | float | None:
+    if column in ("name", "method"):
+        return text
+    if column in ("step", "seed"):
+        return int(text)
+    if text in ("", NO_GROUND_TRUTH):
+        return math.nan if text else None
+    return float(text)
