@@ -45,13 +45,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Family:
-    """The tasks of one data set: its classes 1 … `num_classes` and what is special in its names."""
+    """The tasks of one data set: its classes 1 … `num_classes` and what is special in its names.
+
+    `listed` holds tasks given step by step, background left out: name → labels per step.
+    """
 
     num_classes: int
     names: tuple[str, ...] = ()  # canonical names that people use, for messages
     orders: Mapping[str, Sequence[int]] = field(default_factory=dict)  # suffix → class order
     aliases: Mapping[str, str] = field(default_factory=dict)  # spelling → B-I
     canonical: Mapping[str, str] = field(default_factory=dict)  # B-I → name in file names
+    listed: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
 
 # Drawn at random once by the authors of the reference.
@@ -100,12 +104,16 @@ def parse_task(dataset: str, name: str, family: Family) -> Task:
     """The task that `name` stands for among `family.num_classes` classes.
 
     Grammar: `B-I` = B base classes, then I at a time until none is left (the last step may be
-    shorter); `offline` = all at once; an alias of the family; a suffix of `family.orders` = the
-    same cut of another class order.
+    shorter); `offline` = all at once; an alias or a listed task of the family; a suffix of
+    `family.orders` = the same cut of another class order.
 
     Raises:
         UserError: no such name; lists the names in use and the grammar.
     """
+    if name in family.listed:
+        given = [sorted(labels) for labels in family.listed[name]]
+        given[0].insert(0, BACKGROUND)
+        return Task(dataset, name, tuple(map(tuple, given)))
     suffix = name[-1:] if name[-1:] in family.orders else ""
     base = name.removesuffix(suffix)
     base = family.aliases.get(base, base)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.ade import ADE
+from dataset.folder import folder_spec
 from dataset.incremental import IncrementalSegmentation, label_map
 from dataset.sampler import HOLD_OUT, generator
 from dataset.spec import DatasetSpec
@@ -15,23 +16,35 @@ from tasks import Task, check_step
 from utils.errors import UserError
 
 DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in (VOC, ADE)}
+OWN = "folder"  # the data set that describes itself, in <data_root>/dataset.json
 
 HELD_OUT = 0.2  # share of the training images that --cross_val validates on
 
 
 @dataclass(frozen=True)
 class StepDatasets:
-    """What one step trains on, validates on and is tested on."""
+    """What one step trains on, validates on and is tested on.
+
+    `lists` = lengths of the data set's whole train and val list: they tell a toy set of the same
+    layout from the real one.
+    """
 
     train: IncrementalSegmentation
     val: IncrementalSegmentation
     test: IncrementalSegmentation
+    lists: tuple[int, int]
 
 
-def get_spec(name: str) -> DatasetSpec:
-    """Raises UserError for a name that is no key of DATASETS."""
+def get_spec(name: str, data_root: str | Path = "data") -> DatasetSpec:
+    """A row of DATASETS, or for "folder" what `data_root` says of itself.
+
+    Raises UserError for another name, and for a data root without a fitting dataset.json.
+    """
+    if name == OWN:
+        return folder_spec(Path(data_root))
     if name not in DATASETS:
-        raise UserError(f"unknown dataset {name!r}: choose one of {', '.join(DATASETS)}")
+        known = ", ".join([*DATASETS, OWN])
+        raise UserError(f"unknown dataset {name!r}: choose one of {known}")
     return DATASETS[name]
 
 
@@ -83,7 +96,7 @@ def build_datasets(
     labels = label_map(spec, task, step, train=True, masking=masking)
     transform = TrainTransform(crop_size)
     train = IncrementalSegmentation(spec, train_samples, train_indices, labels, transform, seed)
-    return StepDatasets(train, val, test)
+    return StepDatasets(train, val, test, (len(train_samples), len(val_samples)))
 
 
 def hold_out(indices: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

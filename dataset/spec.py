@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tasks import Family, Task, get_task, parse_task
 from utils.errors import UserError
 
 
@@ -30,6 +31,7 @@ class DatasetSpec:
             is "train" or "val". Raises UserError for what is missing.
         partition: Every training image belongs to one step, overlapped or not (ADE).
         joined: Tasks whose steps are, by definition, those of a finer task joined: name → finer.
+        family: Its tasks, where `tasks.py` does not know them by the data set's name.
     """
 
     name: str
@@ -39,6 +41,13 @@ class DatasetSpec:
     find_samples: Callable[[Path, str], list[Sample]]
     partition: bool = False
     joined: Mapping[str, str] | None = None
+    family: Family | None = None
+
+    def task(self, name: str) -> Task:
+        """The task called `name`. Raises UserError if there is none."""
+        if self.family is None:
+            return get_task(self.name, name)
+        return parse_task(self.name, name, self.family)
 
     @property
     def num_classes(self) -> int:

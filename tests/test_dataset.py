@@ -312,6 +312,18 @@ def test_damaged_bytes_end_in_one_line_or_the_right_labels(voc, which):
     assert len(refusals) > (50 if which else 20)
 
 
+def test_flipped_pixels_of_a_mask_are_noticed(voc):
+    """The decoder alone would return other labels for one flip in ten."""
+    image, mask = paths(voc)
+    blocks = np.random.default_rng(0).integers(0, 21, (15, 15), dtype=np.uint8)
+    write_pair(image, mask, blocks.repeat(16, axis=0).repeat(13, axis=1))
+    content = mask.read_bytes()
+    start = content.index(b"IDAT") + 4
+    for at in range(start, content.index(b"IEND") - 8, 3):
+        mask.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        refuse(voc, mask, "cannot be read as PNG")
+
+
 def test_damaged_lists_never_name_other_pairs(voc):
     rng = random.Random(0)
     known = set(VOC.find_samples(voc, "train")) | set(VOC.find_samples(voc, "val"))

@@ -64,20 +64,20 @@ def test_tensorboard_holds_what_was_logged(tmp_path):
     assert "| data_root | data\\|x |" in texts(read, "options")[0]
 
 
-@pytest.mark.parametrize(("resume", "kept"), [(6, 6), (0, 0), (None, 0)])
-def test_a_resumed_run_replaces_the_points_after_its_checkpoint(tmp_path, resume, kept):
-    with Logger(tmp_path) as logger:
+@pytest.mark.parametrize(("resume", "kept"), [(6, 6), (0, 0), (None, 10)])
+def test_which_earlier_points_a_later_run_replaces(tmp_path, resume, kept):
+    with Logger(tmp_path, resume_step=0) as logger:
         for step in range(10):
             logger.scalars({"loss": 1.0}, step)
             logger.text("note", "before", step)
     with Logger(tmp_path, resume_step=resume) as logger:
-        for step in range(resume or 0, 8):
+        for step in range(kept, 12):
             logger.scalars({"loss": 2.0}, step)
-    again = [(step, 2.0) for step in range(kept, 8)]
+    again = [(step, 2.0) for step in range(kept, 12)]
     assert points(events(tmp_path), "loss") == [(step, 1.0) for step in range(kept)] + again
     # What the pages of TensorBoard are made of when it does without its data server.
     shown = PluginEventAccumulator(str(tmp_path), tensor_size_guidance={"text": 0}).Reload()
-    assert [event.step for event in shown.Tensors("loss")] == list(range(8))
+    assert [event.step for event in shown.Tensors("loss")] == list(range(12))
     assert [event.step for event in shown.Tensors("note/text_summary")] == list(range(kept))
 
 
@@ -163,7 +163,7 @@ assert not {"tensorboard", "wandb", "torch"} & set(sys.modules)  # imported when
 folder = Path(sys.argv[1])
 options = WandbOptions("mib", group="voc-15-5-ov")
 with Logger(folder / "run", wandb=options, name="mib_1", config={"lr": 0.5, "at": Path("x")},
-            tensorboard=False) as logger:
+            resume_step=0, tensorboard=False) as logger:
     logger.scalars({"loss/ce": 1.5, "iou/old": float("nan")}, 10)
     logger.image("panel", np.zeros((6, 8, 3), np.uint8), 10)
     logger.table("iou", ["class", "IoU"], [["sofa", "0.5"]], 10)
@@ -177,6 +177,8 @@ try:
 except RuntimeError:
     pass
 first = (folder / "run" / "wandb_id").read_text()
+Logger(folder / "run", wandb=options, tensorboard=False).close()
+assert (folder / "run" / "wandb_id").read_text() == first
 Logger(folder / "run", wandb=options, resume_step=0, tensorboard=False).close()
 assert (folder / "run" / "wandb_id").read_text() != first
 named = WandbOptions("mib", run_id="chosen")
@@ -199,7 +201,8 @@ def test_wandb_offline_for_real_and_a_kill_after_flush(tmp_path):
     files = sorted((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime)
     runs = [list(wandb_records(path)) for path in files]
     heads = [next(r.run for r in run if r.HasField("run")) for run in runs]
-    assert heads[0].run_id == heads[1].run_id != heads[2].run_id
+    ids = [head.run_id for head in heads]
+    assert ids[0] == ids[1] == ids[2] != ids[3]
     assert (heads[0].project, heads[0].run_group) == ("mib", "voc-15-5-ov")
     assert heads[0].display_name == "mib_1"
     config = {item.key: item.value_json for item in heads[0].config.update}
@@ -280,3 +283,15 @@ def test_console_leaves_the_progress_bar_in_one_piece(root_logger, capsys):
     cleared, _, redrawn = err.lstrip("\r").partition("\r")
     assert cleared.strip() == ""
     assert "1/4" in redrawn
+
+
+def test_the_latest_picture_of_a_tag_is_a_png_file(tmp_path):
+    pictures = [np.full((4, 5, 3), value, dtype=np.uint8) for value in (10, 200)]
+    with Logger(tmp_path, tensorboard=False) as logger:
+        for step, picture in enumerate(pictures):
+            logger.image("samples/0", picture, step)
+    with Image.open(tmp_path / "images" / "samples" / "0.png") as stored:
+        assert np.array_equal(np.asarray(stored), pictures[1])
+    with Logger(tmp_path / "other", enabled=False) as logger:
+        logger.image("samples/0", pictures[0], 0)
+    assert not (tmp_path / "other").exists()

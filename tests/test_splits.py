@@ -233,11 +233,37 @@ def test_lists_computed_for_other_data_are_computed_again(voc, tmp_path, caplog)
     assert indices(voc, work, 1) == [1, 2]
 
 
+def test_a_list_replaced_by_hand_survives_a_change_of_data(voc, tmp_path):
+    indices(voc, tmp_path)
+    store(tmp_path, 0, np.array([2]))
+    os.utime(VOC.find_samples(voc, "train")[0].mask, (1, 1))
+    assert indices(voc, tmp_path, 1) == [1, 2]
+    assert indices(voc, tmp_path, 0) == [2]
+
+
 def test_a_changed_mask_is_noticed(voc, tmp_path):
     assert indices(voc, tmp_path) == [0, 1, 4]
     mask = Path(VOC.find_samples(voc, "train")[3].mask)
     write_pair(tmp_path / "any.jpg", mask, mask_of(7))
     assert indices(voc, tmp_path) == [0, 1, 3, 4]
+
+
+def test_the_fingerprint_sees_name_size_and_time(voc):
+    def current() -> str:
+        return splits_module.fingerprint(VOC, VOC.find_samples(voc, "train"))
+
+    seen = [current()]
+    assert current() == seen[0]
+    mask = Path(VOC.find_samples(voc, "train")[1].mask)
+    os.utime(mask, ns=(0, 12345))
+    seen.append(current())
+    mask.write_bytes(mask.read_bytes() + b" ")
+    os.utime(mask, ns=(0, 12345))
+    seen.append(current())
+    list_path = voc / "PascalVOC12/splits/train_aug.txt"
+    list_path.write_text("".join(reversed(list_path.read_text().splitlines(keepends=True))))
+    seen.append(current())
+    assert len(set(seen)) == 4
 
 
 def test_a_deleted_list_comes_back(voc, tmp_path):

@@ -27,10 +27,10 @@ def same(first: Image.Image, second: Image.Image) -> bool:
     return np.array_equal(np.asarray(first), np.asarray(second))
 
 
-@pytest.mark.parametrize("size", [(320, 486), (500, 375), (60, 400), (400, 60)])
+@pytest.mark.parametrize("size", [(320, 486), (500, 300)])
 def test_crops_are_distributed_as_torchvisions(size):
-    """Mean and deviation of the four numbers agree within four standard errors of 4,000 draws."""
-    draws = 4000
+    """Means and deviations agree within four standard errors of the draws."""
+    draws = 12_000
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     blank = Image.new("L", size)
@@ -42,6 +42,8 @@ def test_crops_are_distributed_as_torchvisions(size):
         ],
         dtype=float,
     )[:, [1, 0, 3, 2]]  # top, left, height, width → left, top, width, height
+    # The logarithm of the aspect tells log-uniform from uniform.
+    ours, theirs = (np.c_[boxes, np.log(boxes[:, 2] / boxes[:, 3])] for boxes in (ours, theirs))
     error = np.sqrt(2 / draws) * theirs.std(axis=0)
     assert (np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) <= 4 * error).all()
     assert (np.abs(ours.std(axis=0) - theirs.std(axis=0)) <= 4 * error).all()
@@ -52,8 +54,9 @@ def test_crops_lie_inside_and_start_anywhere():
     left, top, width, height = boxes.T
     assert (boxes >= 0).all()
     assert (width >= 1).all()
-    assert (left + width).max() == 40
-    assert (top + height).max() == 30
+    assert (left + width)[width < 40].max() == 40
+    assert (top + height)[height < 30].max() == 30
+    assert left[width < 40].min() == top[height < 30].min() == 0
 
 
 @pytest.mark.parametrize(

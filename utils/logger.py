@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from utils.errors import UserError
@@ -47,7 +48,8 @@ class Logger:
         config: options of the run, shown as a text card (TensorBoard) and as its config (wandb).
         resume_step: after an interruption, the first step that will be logged again: what stands
             in `logdir` from there on disappears from TensorBoard, and wandb goes on with the run
-            it has there. None or 0 starts over: new curves, new wandb run.
+            it has there. 0 starts over: new curves, new wandb run; a run that may be resumed
+            begins with it. None adds to all that is there, as a test after the training does.
 
     Raises:
         UserError: `logdir` cannot be written; wandb is asked for and missing or does not start.
@@ -65,15 +67,16 @@ class Logger:
         resume_step: int | None = None,
     ) -> None:
         self._sinks: list[_Sink] = []
+        self._pictures = logdir / "images" if enabled else None
         if not enabled:
             return
         config = config or {}
         try:
             logdir.mkdir(parents=True, exist_ok=True)
             if wandb:
-                self._sinks.append(_Wandb(logdir, wandb, name, config, resume_step or 0))
+                self._sinks.append(_Wandb(logdir, wandb, name, config, resume_step))
             if tensorboard:
-                self._sinks.append(_TensorBoard(logdir, config, resume_step or 0))
+                self._sinks.append(_TensorBoard(logdir, config, resume_step))
         except OSError as error:
             raise UserError(
                 f"cannot write logs to {logdir} ({error.strerror}): choose another --logdir"
@@ -86,9 +89,12 @@ class Logger:
             sink.scalars(known, step)
 
     def image(self, tag: str, image: np.ndarray, step: int) -> None:
-        """A picture, uint8 H W 3."""
+        """A picture, uint8 H W 3. The latest of a tag also lies at `<logdir>/images/<tag>.png`."""
         for sink in self._sinks:
             sink.image(tag, image, step)
+        if self._pictures:
+            with atomic_write(self._pictures / f"{tag}.png") as file:
+                Image.fromarray(image).save(file, "PNG")
 
     def table(
         self, tag: str, header: Sequence[str], rows: Sequence[Sequence[object]], step: int
@@ -109,7 +115,7 @@ class Logger:
 
     def close(self, *, failed: bool = False) -> None:
         """Ends the logging; further calls do nothing. `failed` marks the run in wandb."""
-        sinks, self._sinks = self._sinks, []
+        sinks, self._sinks, self._pictures = self._sinks, [], None
         for sink in sinks:
             sink.close(failed)
 
@@ -142,13 +148,13 @@ class _Sink(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, logdir: Path, config: Mapping[str, Any], resume_step: int) -> None:
+    def __init__(self, logdir: Path, config: Mapping[str, Any], resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow, and only rank 0 needs it
 
-        # A first run states its step 0, too: TensorBoard drops nothing at the first such mark.
+        # The mark of a start at 0 matters: TensorBoard drops nothing at the first mark it meets.
         self._writer = SummaryWriter(str(logdir), purge_step=resume_step, flush_secs=30)
         if config:
-            self.table("options", ["option", "value"], list(config.items()), resume_step)
+            self.table("options", ["option", "value"], list(config.items()), resume_step or 0)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for tag, value in values.items():
@@ -179,10 +185,10 @@ class _Wandb:
         options: WandbOptions,
         name: str,
         config: Mapping[str, Any],
-        resume_step: int,
+        resume_step: int | None,
     ) -> None:
         id_file = logdir / "wandb_id"
-        stored = id_file.read_text().strip() if resume_step and id_file.exists() else ""
+        stored = id_file.read_text().strip() if resume_step != 0 and id_file.exists() else ""
         try:
             import wandb
 
