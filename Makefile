@@ -44,7 +44,7 @@ types: $(VENV)/.tools
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest -n 2 -m "not long"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
 
 test-long: $(VENV)/.tools
 	$(BIN)/python -m pytest -m long

@@ -1,27 +1,34 @@
 """Learn one step of a task, or evaluate a checkpoint: `python run.py --help`.
 
-Runs as a single process or under a launcher (torchrun, python -m torch.distributed.launch).
+Runs as a single process or under a launcher (torchrun, python -m torch.distributed.launch). Exit
+status: 0 done, 1 failed with a line that says why, 75 interrupted (`--continue_ckpt` goes on).
 """
 
 from __future__ import annotations
 
+import gc
 import logging
+import signal
+import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 import argparser
-from dataset import DATASETS, StepDatasets, build_datasets
+from dataset import StepDatasets, build_datasets, get_spec
 from dataset.incremental import IncrementalSegmentation
 from dataset.sampler import EvalBatchSampler, TrainBatchSampler
+from dataset.spec import DatasetSpec
 from metrics import StreamSegMetrics, score_rows, to_table
 from modules.norm import get_norm
 from segmentation_module import (
@@ -30,8 +37,9 @@ from segmentation_module import (
     load_state,
     make_model,
 )
-from tasks import Task, get_task
+from tasks import Task
 from train import (
+    Batch,
     Learner,
     LogPoint,
     Objective,
@@ -40,14 +48,16 @@ from train import (
     predict_samples,
     train_epoch,
 )
-from utils import checkpoint, distributed
+from utils import checkpoint, distributed, workers
 from utils.errors import UserError
+from utils.lock import run_lock
 from utils.logger import Logger, WandbOptions, setup_console
 from utils.methods import pixel_terms
-from utils.regularizer import make_regularizer
-from utils.results import ResultKey, write_results
+from utils.regularizer import make_regularizers
+from utils.results import ResultKey, read_results, result_files, write_results
 from utils.scheduler import make_scheduler
-from utils.visual import confusion_figure, sample_panel
+from utils.signals import INTERRUPTED, Interrupted, stop_requests
+from utils.visual import confusion_figure, palette, sample_panel, save_png, stacked
 
 log = logging.getLogger(__name__)
 WORKDIR = Path(".")  # checkpoints, logs and split lists live under the working directory
@@ -58,16 +68,22 @@ class Context:
     """What every phase of a run reads and none changes."""
 
     opts: Namespace
+    spec: DatasetSpec
     task: Task
     device: torch.device
     precision: Precision
-    logger: Logger
+    asked_to_stop: Callable[[], bool] = lambda: False  # whether this process was
+    logger: Logger = Logger(Path(), enabled=False)  # silent until models and checkpoint are sound
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes seen so far, in head order."""
-        names = DATASETS[self.opts.dataset].class_names
-        return [names[label] for label in self.task.seen(self.opts.step)]
+        return [self.spec.class_names[label] for label in self.task.seen(self.opts.step)]
+
+    @property
+    def colors(self) -> np.ndarray:
+        """(256, 3) by channel: the colours of the dataset's own labels."""
+        return palette(self.task.seen(self.opts.step))
 
     @property
     def old_classes(self) -> int | None:
@@ -79,59 +95,108 @@ class Context:
 class Progress:
     """How far a step has come."""
 
-    epoch: int = 0  # epochs done
+    epoch: int = 0  # epochs done, validation included
     iteration: int = 0  # iterations done in the epoch after them
     best_score: float = -1.0  # highest mean IoU of a validation
 
 
+@dataclass
+class Training:
+    """A step ready to be trained, or to be trained on."""
+
+    student: IncrementalSegmentationModule
+    learner: Learner
+    objective: Objective  # of the student as wrapped for distribution
+    validated: Objective  # of the bare student: DDP is for gradients
+    batches: TrainBatchSampler
+    progress: Progress
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status. What a user can put right is a line, not a traceback."""
+    """The program; returns its exit status. What a user can mend is a line, not a traceback."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        opts, notes = argparser.parse(arguments)
-        device = distributed.init(opts.local_rank)
-        setup_console(distributed.rank(), opts.debug)
-        run(opts, notes, device)
-    except (UserError, distributed.PeerStopped) as error:
+        plans = argparser.parse(arguments)
+        device = distributed.init(plans[0].opts.local_rank)
+        setup_console(distributed.rank(), plans[0].opts.debug)
+        for opts, notes in plans:
+            if len(plans) > 1 and is_finished(opts):
+                log.info("step %d of %s is finished: skipped (--restart learns it again)",
+                         opts.step, opts.name)  # fmt: skip
+                continue
+            if run(opts, notes, device) and opts is not plans[-1].opts:
+                raise Interrupted(f"after step {opts.step}")
+            gc.collect()  # nothing of a step stays on the device when the next is built
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    except Interrupted as wish:
+        log.info("interrupted: %s", wish)
+        distributed.shutdown()
+        return INTERRUPTED
+    except KeyboardInterrupt:  # before there was anything to save
+        distributed.shutdown(failed=True)
+        return 128 + signal.SIGINT
+    except (UserError, distributed.PeerStopped, RuntimeError) as error:
         if "--debug" in arguments:
             log.exception("stopped")
-        if isinstance(error, UserError):  # else the process that stopped says why
+        if isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr)
+        elif not isinstance(error, distributed.PeerStopped):  # it says itself why it stopped
+            if not distributed.lost_peer(error):
+                raise
+            print("error: another process of this run is gone, see what it said", file=sys.stderr)
         distributed.shutdown(failed=True)
         return 1
     distributed.shutdown()
     return 0
 
 
-def run(opts: Namespace, notes: Sequence[str], device: torch.device) -> None:
-    """Train the step unless `--test`, then test it."""
+def run(opts: Namespace, notes: Sequence[str], device: torch.device) -> bool:
+    """Train the step unless `--test`, then test it.
+
+    Raises Interrupted if asked to stop; says whether that came when there was nothing left to stop.
+    """
     for note in notes:
         log.info(note)
-    task = get_task(opts.dataset, opts.task)
-    with distributed.main_first():
-        data = build_data(opts)
-    resumed = load_resumed(opts, task)
-    with open_logger(opts, resumed) as logger:
+    if opts.deterministic:
+        distributed.be_deterministic()
+    spec = get_spec(opts.dataset, opts.data_root)
+    task = spec.task(opts.task)
+    with ExitStack() as stack:
+        with distributed.main_first():
+            if distributed.is_main() and not opts.test:
+                path = own_checkpoint(opts)
+                what = f"step {opts.step} of {opts.name!r} ({setting(opts)})"
+                stack.enter_context(run_lock(path.with_name(f".{path.name}.lock"), what))
+            data = build_data(opts, spec, task)
+        asked = stack.enter_context(stop_requests())
         precision = Precision(device, amp_dtype(opts.amp, device))
-        context = Context(opts, task, device, precision, logger)
+        context = Context(opts, spec, task, device, precision, asked)
         log.info("task %s, step %d: %d images, learns %s", task.name, opts.step, len(data.train),
                  ", ".join(context.class_names[context.old_classes or 0 :]))  # fmt: skip
         if opts.test:
             model, iteration = build_tested_model(context)
+            context = replace(context, logger=stack.enter_context(open_logger(opts, None)))
         else:
-            model, iteration = learn(context, data, resumed)
-        test(context, model, data.test, iteration)
+            training = prepare(context, data)
+            done = training.learner.scheduler.last_epoch
+            context = replace(context, logger=stack.enter_context(open_logger(opts, done)))
+            fit(context, training, data)
+            write_summary(context, training, data.test)
+            model, iteration = training.student, training.learner.scheduler.last_epoch
+        test(context, model, data, iteration)
+        return distributed.any_process(asked())
 
 
 # ---------------------------------------------------------------------------------- data
 
 
-def build_data(opts: Namespace) -> StepDatasets:
+def build_data(opts: Namespace, spec: DatasetSpec, task: Task) -> StepDatasets:
     """The step's training, validation and test sets."""
     return build_datasets(
-        DATASETS[opts.dataset],
+        spec,
         Path(opts.data_root),
-        get_task(opts.dataset, opts.task),
+        task,
         opts.step,
         overlap=opts.overlap,
         crop_size=opts.crop_size,
@@ -148,23 +213,33 @@ def make_loader(
     context: Context, data: IncrementalSegmentation, batches: Sampler[Any], persistent: bool = False
 ) -> DataLoader[Any]:
     """Batches of (images uint8 B 3 H W, labels uint8 B H W)."""
-    workers = context.opts.num_workers
+    count = context.opts.num_workers
     return DataLoader(
         data,
         batch_sampler=batches,
-        num_workers=workers,
+        num_workers=count,
+        multiprocessing_context=workers.context() if count else None,
+        worker_init_fn=workers.obey_parent,
+        generator=torch.Generator(),  # else a restart would shift torch's own random numbers
         pin_memory=context.device.type == "cuda",
-        persistent_workers=persistent and workers > 0,
+        persistent_workers=persistent and count > 0,
     )
 
 
-def make_evaluation_loader(context: Context, data: IncrementalSegmentation) -> DataLoader[Any]:
-    """Every image once over all processes; uncropped images come one at a time."""
+def evaluation_batches(context: Context, data: IncrementalSegmentation) -> Iterator[Batch]:
+    """Every image once over all processes; uncropped images come one at a time.
+
+    Raises Interrupted as soon as a process is asked to stop, in all of them after the same batch.
+    """
     size = context.opts.batch_size if context.opts.crop_val else 1
     batches = EvalBatchSampler(
         len(data), size, rank=distributed.rank(), world=distributed.world_size()
     )
-    return make_loader(context, data, batches)
+    for number, batch in enumerate(workers.start(make_loader(context, data, batches))):
+        # Only as often as all have a batch, or the one with a batch more would ask alone.
+        if number < batches.rounds and distributed.any_process(context.asked_to_stop()):
+            raise Interrupted("during an evaluation; --continue_ckpt repeats it")
+        yield batch
 
 
 # -------------------------------------------------------------------------------- models
@@ -227,6 +302,8 @@ def build_tested_model(context: Context) -> tuple[IncrementalSegmentationModule,
     """The model of `--ckpt`, or of this run's own checkpoint, and its number of iterations."""
     opts, task = context.opts, context.task
     path = Path(opts.ckpt) if opts.ckpt else own_checkpoint(opts)
+    if opts.base and opts.step == 0 and not opts.ckpt:
+        path = base_checkpoint(opts)
     cure = "train the step first, or name a checkpoint with --ckpt"
     content = checkpoint.load(path, cure)
     checkpoint.check_fits(content, path, opts, task.steps[: opts.step + 1], opts.step)
@@ -261,8 +338,38 @@ def previous_checkpoint(opts: Namespace) -> tuple[Path, str]:
     """Where step t - 1 lies, and what to do if it does not."""
     if opts.step_ckpt:
         return Path(opts.step_ckpt), "check --step_ckpt"
+    if opts.base and opts.step == 1:
+        return base_checkpoint(opts), f"train step 0 with --base {opts.base} first"
     cure = f"train step {opts.step - 1} with the same --name first, or pass --step_ckpt"
     return own_checkpoint(opts, opts.step - 1), cure
+
+
+def base_checkpoint(opts: Namespace) -> Path:
+    """The step 0 shared under `--base`: of this task, else of one that agrees on its classes."""
+    own = checkpoint.checkpoint_path(
+        WORKDIR, opts.dataset, opts.task, opts.overlap, opts.base, 0
+    )
+    if own.exists():
+        return own
+    classes = [list(get_spec(opts.dataset, opts.data_root).task(opts.task).steps[0])]
+    for path in sorted(own.parent.parent.glob(f"{opts.dataset}-*/{own.name}")):
+        same_setting = path.parent.name.endswith("-ov") == opts.overlap
+        if same_setting and checkpoint.load(path, "move it away").get("steps") == classes:
+            return path
+    return own
+
+
+def is_finished(opts: Namespace) -> bool:
+    """Whether a step of a longer plan was learned and tested before, and need not be again."""
+    if opts.restart or opts.test:
+        return False
+    if opts.base and opts.step == 0:
+        path = base_checkpoint(opts)
+        return path.exists() and checkpoint.load(path, "move it away").get("finished", True)
+    _, means = result_files(Path(opts.logdir), setting(opts))
+    rows = read_results(means) if means.exists() else []
+    key = asdict(result_key(opts))
+    return own_checkpoint(opts).exists() and any(key.items() <= row.items() for row in rows)
 
 
 def load_resumed(opts: Namespace, task: Task) -> dict[str, Any] | None:
@@ -277,51 +384,85 @@ def load_resumed(opts: Namespace, task: Task) -> dict[str, Any] | None:
     if not opts.ckpt and not path.exists():
         log.info("no checkpoint at %s yet: starting at the beginning", path)
         return None
-    content = checkpoint.load(path, "check --ckpt, or start over without --continue_ckpt")
+    cure = "check --ckpt, or start over without --continue_ckpt"
+    content = checkpoint.load(path, cure)
     checkpoint.check_fits(content, path, opts, task.steps[: opts.step + 1], opts.step)
-    log.info("going on from %s, epoch %d", path, content["epoch"])
+    checkpoint.check_complete(content, path, cure)
+    checkpoint.warn_of_changed_flags(content, path, vars(opts))
+    log.info("going on from %s, epoch %d, iteration %d", path,
+             content["epoch"] + 1, content["iteration"])  # fmt: skip
     return content
 
 
-def save_progress(context: Context, learner: Learner, progress: Progress) -> None:
-    """Write the step's checkpoint: all that its future, and the next step's, depend on."""
-    opts = context.opts
-    if not distributed.is_main():
-        return
+def save_progress(context: Context, training: Training) -> None:
+    """Write the step's checkpoint: all that its future, and the next step's, depend on.
+
+    The curves reach the disk first, so that no kill makes a hole in them. Raises PeerStopped where
+    rank 0 cannot write.
+    """
+    opts, learner, progress = context.opts, training.learner, training.progress
     regularizer = learner.regularizer
-    content = {
-        "model_state": learner.model.state_dict(),
-        "optimizer_state": learner.optimizer.state_dict(),
-        "scheduler_state": learner.scheduler.state_dict(),
-        "scaler_state": learner.precision.scaler.state_dict(),
-        "regularizer": regularizer.export() if regularizer else None,
-        "regularizer_state": regularizer.state_dict() if regularizer else None,
-        "random_state": torch.get_rng_state(),
-        **asdict(progress),
-        "total_iterations": learner.scheduler.last_epoch,
-        "finished": progress.epoch >= opts.epochs,
-        "steps": [list(labels) for labels in context.task.steps[: opts.step + 1]],
-        "options": vars(opts),
+    with distributed.main_first():
+        if not distributed.is_main():
+            return
+        context.logger.flush()
+        content = {
+            "model_state": training.student.state_dict(),
+            "optimizer_state": learner.optimizer.state_dict(),
+            "scheduler_state": learner.scheduler.state_dict(),
+            "scaler_state": learner.precision.scaler.state_dict(),
+            "regularizer": regularizer.export() if regularizer else None,
+            "regularizer_state": regularizer.state_dict() if regularizer else None,
+            "random_state": torch.get_rng_state(),
+            **asdict(progress),
+            **training_shape(context, training.batches),
+            "total_iterations": learner.scheduler.last_epoch,
+            "finished": progress.epoch >= opts.epochs,
+            "steps": [list(labels) for labels in context.task.steps[: opts.step + 1]],
+            "class_names": list(context.spec.class_names),
+            "options": vars(opts),
+        }
+        checkpoint.save(own_checkpoint(opts), content)
+
+
+def training_shape(context: Context, batches: TrainBatchSampler) -> dict[str, int]:
+    """What must be the same for the position in an epoch to mean the same images."""
+    return {
+        "images_per_iteration": context.opts.batch_size * distributed.world_size(),
+        "iterations_per_epoch": batches.iterations_per_epoch,
     }
-    checkpoint.save(own_checkpoint(opts), content)
 
 
-def restore(content: dict[str, Any], learner: Learner) -> Progress:
-    """Put a running step's checkpoint back; returns how far it had come."""
+def restore(content: dict[str, Any], learner: Learner, shape: dict[str, int]) -> Progress:
+    """Put a running step's checkpoint back; returns how far it had come.
+
+    `shape` is the `training_shape` of this run. Raises UserError where anything does not fit.
+    """
+    for what, mine in shape.items():
+        if content[what] != mine:
+            raise UserError(
+                f"the checkpoint was written with {content[what]} {what.replace('_', ' ')}, this "
+                f"run has {mine}: use the same data, and a --batch_size that makes --batch_size x "
+                "processes what it was, or start the step over"
+            )
     load_state(learner.model, content["model_state"], "the checkpoint", "start the step over")
     try:
-        learner.optimizer.load_state_dict(content["optimizer_state"])
+        checkpoint.load_optimizer(learner.optimizer, content["optimizer_state"])
         learner.scheduler.load_state_dict(content["scheduler_state"])
         learner.precision.scaler.load_state_dict(content["scaler_state"])
         if learner.regularizer is not None:
             learner.regularizer.load_state_dict(content["regularizer_state"])
         torch.set_rng_state(content["random_state"])
-        return Progress(content["epoch"], content["iteration"], content["best_score"])
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        progress = Progress(content["epoch"], content["iteration"], content["best_score"])
+        done = progress.epoch * shape["iterations_per_epoch"] + progress.iteration
+        if not learner.scheduler.last_epoch == content["total_iterations"] == done:
+            raise ValueError("it disagrees with itself about the number of iterations")
+    except Exception as error:  # state of other flags fails in as many ways as there are flags
         raise UserError(
             f"the checkpoint cannot be resumed with these flags ({error}): use those it was "
             "written with, or start the step over"
         ) from error
+    return progress
 
 
 # ------------------------------------------------------------------------------ training
@@ -346,7 +487,7 @@ def build_learner(
         optimizer, opts.lr_policy, max_iters,
         power=opts.lr_power, decay_step=opts.lr_decay_step, decay_factor=opts.lr_decay_factor,
     )  # fmt: skip
-    regularizer = make_regularizer(
+    regularizer = make_regularizers(
         opts.regularizer, student, teacher, previous.get("regularizer"),
         normalize=not opts.reg_no_normalize, alpha=opts.reg_alpha, interval=opts.reg_iterations,
     )  # fmt: skip
@@ -355,58 +496,74 @@ def build_learner(
     )
 
 
-def learn(
-    context: Context, data: StepDatasets, resumed: dict[str, Any] | None
-) -> tuple[IncrementalSegmentationModule, int]:
-    """Train the step from its beginning, or from where `resumed` stood.
-
-    Returns the student and the number of iterations it has seen.
-    """
+def prepare(context: Context, data: StepDatasets) -> Training:
+    """Models, optimizer and data order: at the step's beginning, or where a checkpoint stood."""
     opts = context.opts
+    resumed = load_resumed(opts, context.task)
     batches = TrainBatchSampler(
         len(data.train), opts.batch_size, seed=opts.random_seed,
         rank=distributed.rank(), world=distributed.world_size(),
     )  # fmt: skip
-    iterations = batches.iterations_per_epoch
     student, teacher, previous = build_models(context, opts.pretrained and resumed is None)
-    learner = build_learner(context, student, teacher, previous, opts.epochs * iterations)
-    progress = restore(resumed, learner) if resumed is not None else Progress()
+    max_iters = opts.epochs * batches.iterations_per_epoch
+    learner = build_learner(context, student, teacher, previous, max_iters)
+    shape = training_shape(context, batches)
+    progress = restore(resumed, learner, shape) if resumed is not None else Progress()
     terms = pixel_terms(opts, context.old_classes)
     wrapped = distributed.wrap(student, context.device)
-    objective = Objective(wrapped, teacher, terms, opts.loss_de, context.precision)
-    # DDP is for gradients; validation runs the bare student.
-    unwrapped = Objective(student, teacher, terms, opts.loss_de, context.precision)
-    loader = make_loader(context, data.train, batches, persistent=True)
-
-    for epoch in range(progress.epoch, opts.epochs):
-        batches.set_epoch(epoch, progress.iteration)
-        train_one_epoch(context, learner, objective, loader, epoch, progress.iteration, iterations)
-        progress.epoch, progress.iteration = epoch + 1, 0
-        distributed.broadcast_buffers(student)
-        last = progress.epoch == opts.epochs
-        if progress.epoch % opts.val_interval == 0:
-            score = validate(context, unwrapped, data.val, progress.epoch * iterations)
-            progress.best_score = max(progress.best_score, score)
-        if last or progress.epoch % opts.ckpt_interval == 0:
-            save_progress(context, learner, progress)
-    return student, opts.epochs * iterations
+    objective, bare = (
+        Objective(model, teacher, terms, opts.loss_de, context.precision)
+        for model in (wrapped, student)
+    )
+    return Training(student, learner, objective, bare, batches, progress)
 
 
-def train_one_epoch(
-    context: Context,
-    learner: Learner,
-    objective: Objective,
-    loader: DataLoader[Any],
-    epoch: int,
-    start: int,
-    iterations: int,
+def fit(context: Context, training: Training, data: StepDatasets) -> None:
+    """Train what is left of the step; checkpoints after validations and where it is interrupted."""
+    loader = make_loader(context, data.train, training.batches, persistent=True)
+    try:
+        while training.progress.epoch < context.opts.epochs:
+            fit_epoch(context, training, loader, data.val)
+    except Interrupted as wish:
+        save_progress(context, training)
+        raise Interrupted(f"{wish}; wrote {own_checkpoint(context.opts)}") from None
+
+
+def fit_epoch(
+    context: Context, training: Training, loader: DataLoader[Any], val: IncrementalSegmentation
 ) -> None:
-    """`train_epoch` with a progress bar and curves."""
-    opts, logger = context.opts, context.logger
+    """What is left of one epoch, and what comes after it. Raises Interrupted if asked to stop."""
+    opts, progress = context.opts, training.progress
+    iterations = training.batches.iterations_per_epoch
+    if progress.iteration < iterations:  # else it was interrupted in its validation
+        train_one_epoch(context, training, loader)
+    distributed.broadcast_buffers(training.student)
+    if (progress.epoch + 1) % opts.val_interval == 0:
+        score = validate(context, training.validated, val, (progress.epoch + 1) * iterations)
+        progress.best_score = max(progress.best_score, score)
+    progress.epoch, progress.iteration = progress.epoch + 1, 0
+    if progress.epoch == opts.epochs or progress.epoch % opts.ckpt_interval == 0:
+        save_progress(context, training)
+
+
+def train_one_epoch(context: Context, training: Training, loader: DataLoader[Any]) -> None:
+    """`train_epoch` with a progress bar and curves, from where the epoch stands.
+
+    Raises Interrupted, in all processes after the same iteration, if one was asked to stop.
+    """
+    opts, logger, learner = context.opts, context.logger, training.learner
+    progress, iterations = training.progress, training.batches.iterations_per_epoch
+    epoch, first = progress.epoch, progress.iteration
+    training.batches.set_epoch(epoch, first)
     with tqdm(
-        total=iterations, initial=start, desc=f"epoch {epoch + 1}/{opts.epochs}", unit="it",
+        total=iterations, initial=first, desc=f"epoch {epoch + 1}/{opts.epochs}", unit="it",
         disable=None if distributed.is_main() else True, leave=False,
     ) as bar:  # fmt: skip
+
+        def on_iteration(iteration: int) -> bool:
+            bar.update(1)
+            progress.iteration = iteration
+            return distributed.any_process(context.asked_to_stop())
 
         def on_log(point: LogPoint) -> None:
             loss = sum(point.terms.values())
@@ -419,10 +576,12 @@ def train_one_epoch(
             logger.scalars(values, epoch * iterations + point.iteration)
 
         means = train_epoch(
-            learner, objective, loader, context.device,
-            epoch=epoch, start=start, interval=opts.print_interval,
-            on_iteration=lambda iteration: bar.update(1) and None, on_log=on_log,
+            learner, training.objective, workers.start(loader), context.device,
+            epoch=epoch, start=first, interval=opts.print_interval,
+            on_iteration=on_iteration, on_log=on_log,
         )  # fmt: skip
+    if progress.iteration < iterations:
+        raise Interrupted(f"after iteration {progress.iteration} of epoch {epoch + 1}")
     log.info("epoch %d/%d: loss %.4f (%s)", epoch + 1, opts.epochs, sum(means.values()),
              _join(means))  # fmt: skip
 
@@ -434,8 +593,8 @@ def validate(
     context: Context, objective: Objective, data: IncrementalSegmentation, iteration: int
 ) -> float:
     """Scores and loss terms on the validation set, as curves; returns the mean IoU."""
-    loader = make_evaluation_loader(context, data)
-    metrics, terms = evaluate(objective, loader, len(context.class_names), context.device)
+    batches = evaluation_batches(context, data)
+    metrics, terms = evaluate(objective, batches, len(context.class_names), context.device)
     scores = metrics.scores(context.old_classes)
     values = {f"val/{name}": value for name, value in terms.items()}
     values["val/loss"] = sum(terms.values())
@@ -449,32 +608,61 @@ def validate(
 def log_samples(
     context: Context, objective: Objective, data: IncrementalSegmentation, iteration: int
 ) -> None:
-    """`--sample_num` panels image | truth | prediction, evenly spread over the set."""
-    count = min(context.opts.sample_num, len(data))
-    if not count or not distributed.is_main():
+    """`--sample_num` panels image | truth | prediction."""
+    if not distributed.is_main():
         return
-    chosen = [i * len(data) // count for i in range(count)]
-    samples = predict_samples(objective, (data[i] for i in chosen), context.device)
-    for i, (image, truth, prediction) in enumerate(samples):
-        panel = sample_panel(image, truth, prediction, context.class_names)
+    samples = spread(data, context.opts.sample_num)
+    predicted = predict_samples(objective, samples, context.device)
+    for i, (image, truth, prediction) in enumerate(predicted):
+        panel = sample_panel(
+            image, truth, prediction, context.class_names, colors=context.colors
+        )
         context.logger.image(f"samples/{i}", panel, iteration)
+
+
+def write_summary(context: Context, training: Training, data: IncrementalSegmentation) -> None:
+    """Beside the checkpoint, a PNG of six images: truth, prediction before the step and after."""
+    if not distributed.is_main():
+        return
+    samples, after = spread(data, 6), training.validated
+    before: list[np.ndarray | None] = [None] * len(samples)
+    if after.teacher is not None:
+        teacher = Objective(after.teacher, None, {}, 0.0, context.precision)
+        before = [p for _, _, p in predict_samples(teacher, samples, context.device)]
+    panels = [
+        sample_panel(
+            image, truth, prediction, context.class_names, before=old, colors=context.colors
+        )
+        for old, (image, truth, prediction) in zip(
+            before, predict_samples(after, samples, context.device), strict=True
+        )
+    ]
+    save_png(own_checkpoint(context.opts).with_suffix(".png"), stacked(panels))
+
+
+def spread(data: IncrementalSegmentation, count: int) -> list[Batch]:
+    """Up to `count` samples, evenly spread over the set."""
+    count = min(count, len(data))
+    return [data[i * len(data) // count] for i in range(count)]
 
 
 def test(
     context: Context,
     model: IncrementalSegmentationModule,
-    data: IncrementalSegmentation,
+    data: StepDatasets,
     iteration: int,
 ) -> None:
     """The step's result: console table, curves' end points, result files."""
     objective = Objective(model, None, {}, 0.0, context.precision)
-    loader = make_evaluation_loader(context, data)
-    metrics, _ = evaluate(objective, loader, len(context.class_names), context.device)
+    batches = evaluation_batches(context, data.test)
+    metrics, _ = evaluate(objective, batches, len(context.class_names), context.device)
     if distributed.is_main():
-        report(context, metrics, iteration)
+        report(context, metrics, iteration, data.lists)
 
 
-def report(context: Context, metrics: StreamSegMetrics, iteration: int) -> None:
+def report(
+    context: Context, metrics: StreamSegMetrics, iteration: int, lists: tuple[int, int]
+) -> None:
     """Print and write a tested step's scores."""
     opts, logger = context.opts, context.logger
     names = context.class_names
@@ -486,10 +674,10 @@ def report(context: Context, metrics: StreamSegMetrics, iteration: int) -> None:
     logger.scalars({f"test/{name}": value for name, value in scores.means().items()}, iteration)
     confusion = metrics.confusion.cpu().numpy()
     logger.image("test/confusion", confusion_figure(confusion, names), iteration)
-    every = DATASETS[opts.dataset].class_names
-    in_head_order = [every[i] for labels in context.task.steps for i in labels]
-    key = ResultKey(opts.name, opts.method or "none", opts.step, opts.random_seed)
-    write_results(Path(opts.logdir), setting(opts), key, scores, in_head_order)
+    in_head_order = [context.spec.class_names[i] for labels in context.task.steps for i in labels]
+    write_results(
+        Path(opts.logdir), setting(opts), result_key(opts), scores, in_head_order, lists
+    )
 
 
 # ------------------------------------------------------------------------------- logging
@@ -500,13 +688,17 @@ def setting(opts: Namespace) -> str:
     return checkpoint.setting(opts.dataset, opts.task, opts.overlap)
 
 
-def open_logger(opts: Namespace, resumed: dict[str, Any] | None) -> Logger:
+def result_key(opts: Namespace) -> ResultKey:
+    """What the step's rows in the result files are found by."""
+    return ResultKey(opts.name, opts.method or "none", opts.step, opts.random_seed)
+
+
+def open_logger(opts: Namespace, done: int | None) -> Logger:
     """Curves of the step under `<logdir>/<setting>/<name>/step-<t>`; nothing on other ranks.
 
-    What an interrupted run logged after the checkpoint that it goes on from is dropped, and all
-    that an earlier run of the same name logged where the step starts over.
+    What an earlier process logged after the `done` iterations that this one goes on from is
+    dropped, all of it where the step starts over. None drops nothing.
     """
-    first = resumed["total_iterations"] + 1 if resumed else 0
     wandb = WandbOptions(opts.wandb_project, opts.wandb_entity, group=setting(opts))
     return Logger(
         Path(opts.logdir) / setting(opts) / opts.name / f"step-{opts.step}",
@@ -514,9 +706,18 @@ def open_logger(opts: Namespace, resumed: dict[str, Any] | None) -> Logger:
         tensorboard=opts.visualize,
         wandb=wandb if opts.wandb else None,
         name=f"{opts.name}-{opts.step}",
-        config=vars(opts),
-        resume_step=None if opts.test else first,
+        config=vars(opts) | {"code": git_state()},
+        resume_step=done + 1 if done else done,
     )
+
+
+def git_state() -> str:
+    """The commit of the program, with `-dirty` where files were changed; "unknown" outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _join(values: dict[str, float]) -> str:

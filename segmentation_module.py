@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,9 @@ class IncrementalSegmentationModule(nn.Module):
         Cermelli et al., CVPR 2020, eq. 10-11: each new weight is the background's; each new bias
         and the background's own become the old background bias - log(N + 1).
         """
-        first, newest = self.cls[0], self.cls[-1]
+        first, newest = (cast(nn.Conv2d, self.cls[i]) for i in (0, -1))
+        assert first.bias is not None
+        assert newest.bias is not None
         bias = first.bias[0] - math.log(newest.bias.numel() + 1)
         newest.weight.copy_(first.weight[:1].expand_as(newest.weight))
         newest.bias.fill_(bias)
@@ -134,10 +136,13 @@ def load_state(
     ]
     unexpected = [k for k in state if k not in own]
     shapes = [k for k in own if k in state and own[k].shape != state[k].shape]
-    for kind, keys in (("missing", missing), ("unknown", unexpected), ("of another shape", shapes)):
+    faults = {"missing": missing, "unknown": unexpected, "of another shape": shapes}
+    faults["not finite"] = [
+        k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()
+    ]
+    for kind, keys in faults.items():
         if keys:
-            raise UserError(f"{what} does not fit: {len(keys)} keys {kind}, first {keys[0]}: {cure}")
-    bad = next((k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()), "")
-    if bad:
-        raise UserError(f"{what} holds values that are not finite, first in {bad}: {cure}")
+            raise UserError(
+                f"{what} does not fit: {len(keys)} keys {kind}, first {keys[0]}: {cure}"
+            )
     module.load_state_dict(dict(state), strict=False)

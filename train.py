@@ -1,4 +1,4 @@
-"""One epoch of training and one of evaluation. No method names here: terms come with their weights."""
+"""One epoch of training and one of evaluation. No method names: terms come with their weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from utils import distributed
 from utils.errors import UserError
 from utils.loss import WeightedTerm, feature_distillation
 from utils.pieces import pixel_losses, predict
-from utils.regularizer import Regularizer
+from utils.regularizer import Regularizers
 
 Batch = tuple[Tensor, Tensor]  # images uint8 B 3 H W, labels uint8 B H W
 
@@ -86,7 +86,7 @@ class Objective:
             if self.teacher is not None:
                 with torch.no_grad():
                     old = self.teacher(images)
-        total, terms = new.logits.new_zeros(()), {}
+        total, terms = new.logits.new_zeros(()), dict[str, Tensor]()
         if self.terms:
             old_logits = old.logits if old else None
             total, terms = pixel_losses(self.terms, new.logits, old_logits, labels)
@@ -104,7 +104,7 @@ class Learner:
     optimizer: Optimizer
     scheduler: LRScheduler
     precision: Precision
-    regularizer: Regularizer | None = None
+    regularizer: Regularizers | None = None
     reg_importance: float = 1.0
 
     def step(self, objective: Objective, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -183,14 +183,14 @@ def train_epoch(
     epoch: int,
     start: int = 0,
     interval: int = 10,
-    on_iteration: Callable[[int], None] = lambda iteration: None,
+    on_iteration: Callable[[int], bool] = lambda iteration: False,
     on_log: Callable[[LogPoint], None] = lambda point: None,
 ) -> dict[str, float]:
     """Train over `batches`, the first of which is iteration `start` of the epoch.
 
-    `on_iteration` is called after every iteration with the number done in this epoch, `on_log`
-    every `interval` of them. Returns the mean of each term over the iterations run here. Raises
-    UserError for a loss that is not finite.
+    `on_iteration` is called after every iteration with the number done in this epoch and says
+    whether to stop there, `on_log` every `interval` of them. Returns the mean of each term over
+    the iterations run here. Raises UserError for a loss that is not finite.
     """
     objective.student.train()
     log, means, counts = TermLog(epoch, start), [], []
@@ -198,7 +198,7 @@ def train_epoch(
 
     def log_point() -> None:
         nonlocal begun, seen
-        lr = learner.scheduler.get_last_lr()[-1]
+        lr = float(learner.scheduler.get_last_lr()[-1])
         counts.append(len(log.rows))
         means.append(log.drain())
         now = time.perf_counter()
@@ -211,7 +211,8 @@ def train_epoch(
         done, seen = done + 1, seen + len(images)
         if done % interval == 0:
             log_point()
-        on_iteration(done)
+        if on_iteration(done):
+            break
     if log.rows:
         log_point()
     return {
@@ -251,7 +252,8 @@ def predict_samples(
     objective.student.eval()
     for image, truth in samples:
         with objective.precision.autocast():
-            logits = objective.student(normalize(image[None].to(device), torch.get_default_dtype())).logits
+            images = normalize(image[None].to(device), torch.get_default_dtype())
+            logits = objective.student(images).logits
         prediction = predict(logits, (truth.shape[0], truth.shape[1]))[0]
         yield (
             image.permute(1, 2, 0).numpy(),

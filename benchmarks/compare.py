@@ -3,9 +3,8 @@
     python -m benchmarks.compare --data_root DIR --methods FT MIB --out compare [flags of run.py]
 
 Everything lands under `--out` (checkpoints, logs, split lists); a second start goes on where the
-first stopped. Flags that this script does not know go to every run.py as they are. EWC, RW and PI
-collect their importances during step 0, which changes nothing in its weights: step 0 is run once
-for each of them, the weights are checked to be equal, and every other method starts from the same.
+first stopped. Flags that this script does not know go to every run.py as they are. Step 0 is plain
+cross-entropy for all; the importances of EWC, RW and PI are collected in the same run.
 """
 
 from __future__ import annotations
@@ -16,14 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from tasks import get_task
 from utils.checkpoint import checkpoint_path, setting
 from utils.methods import METHODS
 from utils.results import read_results, result_files
 
 ROOT = Path(__file__).resolve().parent.parent
+BASE = "base"  # the run that learns step 0
 COLUMNS = ("old", "new", "all", "with_background")
 
 
@@ -53,21 +51,14 @@ def compare(opts: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, dic
     """Run what is missing; returns row name -> column -> mean IoU, "step 0" first."""
     task = get_task(opts.dataset, opts.task)
     opts.out.mkdir(parents=True, exist_ok=True)
-    kinds = {method: METHODS[method].regularizer for method in opts.methods}
-    starts = {kind: f"base-{kind}" if kind else "base" for kind in kinds.values()}
-    if len(starts) > 1:  # a step 0 that collects importances has the same weights
-        starts[None] = next(start for kind, start in starts.items() if kind)
-    for kind, start in starts.items():
-        extra = ["--regularizer", kind] if kind else []
-        learn(opts, passed_on, start, 0, extra)
-    check_equal([checkpoint_of(opts, start, 0) for start in starts.values()])
-    for method, kind in kinds.items():
+    kinds = [kind for m in opts.methods if (kind := METHODS[m].regularizer)]
+    learn(opts, passed_on, BASE, 0, ["--regularizer", ",".join(kinds)] if kinds else [])
+    start = checkpoint_of(opts, BASE, 0).resolve()
+    for method in opts.methods:
         for step in range(1, task.num_steps):
-            extra = ["--method", method]
-            if step == 1:
-                extra += ["--step_ckpt", str(checkpoint_of(opts, starts[kind], 0).resolve())]
-            learn(opts, passed_on, method, step, extra)
-    return collect(opts, starts[None] if None in starts else next(iter(starts.values())))
+            extra = ["--step_ckpt", str(start)] if step == 1 else []
+            learn(opts, passed_on, method, step, ["--method", method, *extra])
+    return collect(opts)
 
 
 def learn(
@@ -94,14 +85,6 @@ def checkpoint_of(opts: argparse.Namespace, name: str, step: int) -> Path:
     return checkpoint_path(opts.out, opts.dataset, task, opts.overlap, name, step)
 
 
-def check_equal(paths: Sequence[Path]) -> None:
-    """SystemExit unless all checkpoints hold the same weights."""
-    first, *others = [torch.load(p, weights_only=True)["model_state"] for p in paths]
-    for path, state in zip(paths[1:], others, strict=True):
-        if any(not torch.equal(value, state[key]) for key, value in first.items()):
-            raise SystemExit(f"{path} differs from {paths[0]}: the methods would start unequal")
-
-
 def results(opts: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
     """(name, step) -> the row of means."""
     task = get_task(opts.dataset, opts.task).name
@@ -111,10 +94,10 @@ def results(opts: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]
     return {(str(r["name"]), int(r["step"])): r for r in read_results(means)}  # type: ignore[arg-type,misc]
 
 
-def collect(opts: argparse.Namespace, start: str) -> dict[str, dict[str, float]]:
+def collect(opts: argparse.Namespace) -> dict[str, dict[str, float]]:
     """The table: step 0, whose classes are all old afterwards, then each method's last step."""
     rows, last = results(opts), get_task(opts.dataset, opts.task).num_steps - 1
-    first = rows[start, 0]
+    first = rows[BASE, 0]
     table = {"step 0": {**first, "old": first["all"]}}
     return table | {method: rows[method, last] for method in opts.methods}
 

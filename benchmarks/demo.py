@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 from benchmarks import compare
 from benchmarks.compare import ROOT

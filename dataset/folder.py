@@ -82,7 +82,7 @@ def find_samples(layout: Layout, root: Path, split: str) -> list[Sample]:
 
     Raises UserError naming the first problem.
     """
-    samples, problems = collect_samples(layout, root)[split]
+    samples, problems = collect_samples(layout, root, split)
     if problems:
         raise UserError(f"{problems[0]}; {CURE}")
     return samples
@@ -125,7 +125,7 @@ def _problems(raw: Any) -> list[str]:
     if not isinstance(raw, dict):
         return ["is no object {...}"]
     unknown = [f"unknown key {key!r}, use {', '.join(sorted(KEYS))}" for key in raw.keys() - KEYS]
-    classes = raw.get("classes")
+    classes: Any = raw.get("classes")
     found = _class_problems(classes)
     if not found:
         found = _label_problems(raw, classes) + _task_problems(raw.get("tasks", {}), classes)
@@ -210,22 +210,27 @@ def _is_int(value: Any) -> bool:
 # --- images and masks ---
 
 
-def collect_samples(layout: Layout, root: Path) -> dict[str, tuple[list[Sample], list[str]]]:
-    """For "train" and "val" the samples and all that is wrong with the split, a line each.
+def collect_samples(layout: Layout, root: Path, split: str) -> tuple[list[Sample], list[str]]:
+    """The samples of a split ("train" or "val") and all that is wrong with it, a line each.
 
     Raises UserError if one of the folders is missing.
     """
     images, masks = (Tree(root, folder, CURE) for folder in (layout.images, layout.masks))
     index = index_files(images, SUFFIXES)
-    if layout.lists is None:
-        train, val = _draw(sorted(index), layout.val_share, layout.seed)
-        chosen = {"train": (train, []), "val": (val, [])}
+    which = ("train", "val").index(split)
+    if layout.lists is not None:
+        names, problems = _read_list(root / layout.lists[which], index)
     else:
-        chosen = {
-            split: _read_list(root / name, index)
-            for split, name in zip(("train", "val"), layout.lists, strict=True)
-        }
-    return {split: _pairs(images, masks, index, *found) for split, found in chosen.items()}
+        names, problems = _draw(sorted(index), layout.val_share, layout.seed)[which], []
+    samples = []
+    for name in names:
+        try:
+            samples.append(_pair(images, masks, index, name))
+        except UserError as error:
+            problems.append(str(error).removesuffix(f"; restore it, or {CURE}"))
+    if not names and not problems:
+        problems.append(f"{images.root}: no image for {split}, two are the least for both splits")
+    return samples, problems
 
 
 def index_files(tree: Tree, suffixes: Sequence[str]) -> dict[str, list[str]]:
@@ -274,21 +279,11 @@ def _read_list(path: Path, index: dict[str, list[str]]) -> tuple[list[str], list
     return list(names), problems
 
 
-def _pairs(
-    images: Tree, masks: Tree, index: dict[str, list[str]], names: list[str], problems: list[str]
-) -> tuple[list[Sample], list[str]]:
-    samples, problems = [], list(problems)
-    for name in names:
-        candidates = index.get(name, [name])
-        stem = name if name in index else os.path.splitext(name)[0]
-        if len(candidates) > 1:
-            problems.append(f"{images.root}: {' and '.join(candidates)} would share a mask")
-            continue
-        try:
-            image = images.find(candidates[0], "image")
-            samples.append(Sample(image, masks.find(f"{stem}.png", f"image {image} has no mask")))
-        except UserError as error:
-            problems.append(str(error).removesuffix(f"; restore it, or {CURE}"))
-    if not names and not problems:
-        problems.append(f"{images.root}: no image for this split, two are the least for both")
-    return samples, problems
+def _pair(images: Tree, masks: Tree, index: dict[str, list[str]], name: str) -> Sample:
+    """The sample of an image named with or without suffix. Raises UserError without the cure."""
+    candidates = index.get(name, [name])
+    if len(candidates) > 1:
+        raise UserError(f"{images.root}: {' and '.join(candidates)} would share a mask")
+    stem = name if name in index else os.path.splitext(name)[0]
+    image = images.find(candidates[0], "image")
+    return Sample(image, masks.find(f"{stem}.png", f"image {image} has no mask"))

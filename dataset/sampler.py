@@ -57,12 +57,14 @@ class EvalBatchSampler(Sampler[list[int]]):
     """Batches of indices in list order, every sample once; the last batch may be short.
 
     Batches are cut before they are dealt out (process r takes batches r, r + world, …), so what
-    meets in a batch does not depend on the number of processes.
+    meets in a batch does not depend on the number of processes. Each process has at least `rounds`
+    batches, and none more than one more.
     """
 
     def __init__(self, num_samples: int, batch_size: int, *, rank: int = 0, world: int = 1) -> None:
         starts = range(rank * batch_size, num_samples, world * batch_size)
         self._batches = [list(range(s, min(s + batch_size, num_samples))) for s in starts]
+        self.rounds = -(-num_samples // batch_size) // world
 
     def __len__(self) -> int:
         return len(self._batches)

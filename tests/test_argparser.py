@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from argparser import get_parser, parse
+from argparser import get_parser
+from argparser import parse as parse_all
 from tests.conftest import ROOT
 from utils.errors import UserError
 from utils.methods import METHODS, pixel_terms
@@ -22,6 +23,12 @@ ROWS = {
     "PI": {"regularizer": "pi", "reg_importance": 500},
     "MIB": {"unce": True, "unkd": True, "loss_kd": 10, "init_balanced": True},
 }
+
+
+def parse(argv: list[str]):
+    """Options and remarks of a command for a single step."""
+    (plan,) = parse_all(argv)
+    return plan
 
 
 def flags(opts) -> dict:
@@ -112,8 +119,58 @@ def test_icarl_flags_stand_on_their_own():
 
 
 @pytest.mark.parametrize(
+    ("text", "steps"),
+    [("2", [2]), ("0-5", [0, 1, 2, 3, 4, 5]), ("0,2", [0, 2]), ("all", [0, 1, 2, 3, 4, 5]),
+     ("3-4,0,3", [0, 3, 4])],
+)  # fmt: skip
+def test_several_steps_with_values_of_their_own(text: str, steps: list[int]):
+    plans = parse_all(["--task", "15-1", "--step", text, "--lr", "0.01,0.001", "--epochs", "3,2"])
+    assert [p.opts.step for p in plans] == steps
+    assert [p.opts.lr for p in plans] == [0.01 if step == 0 else 0.001 for step in steps]
+    assert [p.opts.epochs for p in plans] == [3 if step == 0 else 2 for step in steps]
+
+
+def test_one_value_serves_all_steps():
+    plans = parse_all(["--task", "15-5", "--step", "all", "--lr", "0.5", "--epochs", "7"])
+    assert [(p.opts.lr, p.opts.epochs) for p in plans] == [(0.5, 7)] * 2
+
+
+def test_the_papers_recipe_fills_what_is_not_set(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    first, second = parse_all(["--recipe", "paper", "--task", "15-5", "--step", "all"])
+    for plan, lr in ((first, 0.01), (second, 0.001)):
+        opts = plan.opts
+        assert (opts.batch_size, opts.lr, opts.epochs, opts.crop_size) == (12, lr, 30, 512)
+        assert plan.notes == []
+    (ade,) = parse_all(["--recipe", "paper", "--dataset", "ade", "--task", "100-50"])
+    assert ade.opts.epochs == 60
+    (own,) = parse_all(["--recipe", "paper", "--batch_size", "6", "--epochs", "5"])
+    assert (own.opts.batch_size, own.opts.epochs) == (6, 5)
+    assert own.notes == ["12 images per iteration, not 24: the linear rule gives --lr 0.005,0.0005"]
+
+
+def test_the_recipe_needs_a_divisor_of_24(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(UserError, match="5 processes"):
+        parse_all(["--recipe", "paper"])
+
+
+def test_a_shared_step_0_is_learned_under_its_own_name():
+    learned, tested, later = parse_all(["--base", "b", "--name", "n", "--step", "0-1"])
+    assert (learned.opts.name, learned.opts.test, learned.opts.step) == ("b", False, 0)
+    assert (tested.opts.name, tested.opts.test, tested.opts.step) == ("n", True, 0)
+    assert (later.opts.name, later.opts.test, later.opts.step) == ("n", False, 1)
+
+
+@pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["--step", "3-1"], "--step"),
+        (["--step", "0,x"], "--step"),
+        (["--lr", "0.1,0"], "--lr"),
+        (["--epochs", "1,2,3"], "--epochs"),
+        (["--base", "a/b"], "--base"),
+        (["--base", "b", "--step", "1", "--step_ckpt", "x"], "--step_ckpt"),
         (["--task", "7-7x"], "7-7x"),
         (["--task", "100-50"], "100-50"),
         (["--dataset", "ade", "--task", "15-5s"], "15-5s"),
@@ -134,6 +191,8 @@ def test_icarl_flags_stand_on_their_own():
         (["--name", "a/b"], "--name"),
         (["--name", ".."], "--name"),
         (["--wandb_entity", "me"], "--wandb"),
+        (["--regularizer", "ewc,si"], "'ewc,si'"),
+        (["--regularizer", "ewc,pi", "--step", "1"], "step 0"),
     ],
 )
 def test_what_cannot_work_is_one_line(argv: list[str], words: str):
@@ -146,6 +205,6 @@ def test_every_flag_is_read_somewhere():
     sources = [p for p in ROOT.glob("*.py") if p.name != "argparser.py"]
     sources += [p for room in ("utils", "dataset", "modules") for p in (ROOT / room).glob("*.py")]
     text = "\n".join(p.read_text() for p in sources)
-    options = {a.dest for a in get_parser()._actions} - {"help"}
+    options = {a.dest for a in get_parser()._actions} - {"help", "recipe"}  # argparser reads that
     unread = {o for o in options if not re.search(rf"\bopts\.{o}\b", text)}
     assert unread == set()

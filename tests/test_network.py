@@ -97,7 +97,7 @@ def test_every_backbone_keeps_the_output_stride(backbone: str, stride: int):
 
 
 def test_balanced_init_shares_the_background_probability():
-    """Eq. 10-11: before the first update, old background = background + new, old classes as were."""
+    """Eq. 10-11: old background = background + new, the other old classes as they were."""
     model = make_model("resnet18", get_norm("abn"), [4, 3], pooling=4).double().eval()
     old = make_model("resnet18", get_norm("abn"), [4], pooling=4).double().eval()
     load_state(model, old.state_dict(), "old", "", may_miss=("cls.1.",))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import harness
+from benchmarks import loss as benchmark
 from utils.constants import IGNORE_INDEX
 from utils.loss import WeightedTerm, cross_entropy
 from utils.methods import METHODS, pixel_terms
@@ -33,9 +37,7 @@ def terms_of(combination: str, step: int = 1) -> dict[str, WeightedTerm]:
     return pixel_terms(opts, OLD if step else None)
 
 
-def batch(
-    small: tuple[int, int], size: tuple[int, int], step: int = 1, images: int = 3
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def batch(small, size, step=1, images=3):
     """Logits (representable in float32), teacher, labels: a void corner, one image all void."""
     g = torch.Generator().manual_seed(1)
     logits = 4 * torch.randn(images, OLD + NEW, *small, generator=g)
@@ -122,12 +124,14 @@ def test_half_types_are_raised(dtype):
 
 
 def test_a_loss_scaler_saves_small_gradients_from_underflow():
-    logits = torch.zeros(1, 2, 4, 4, dtype=torch.float16, requires_grad=True)
-    labels = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    logits, _, labels = batch((4, 4), (64, 64), step=0)
     terms = {"ce": WeightedTerm(cross_entropy, 1e-7)}
-    total, _ = pixel_losses(terms, logits, None, labels)
-    (total * 2**16).backward()
-    assert logits.grad.all()
+    expected = 2**12 * in_pieces(terms, logits.half().float(), None, labels)[2]
+    leaf = logits.half().requires_grad_()
+    total, _ = pixel_losses(terms, leaf, None, labels)
+    (2**12 * total).backward()
+    assert torch.equal(leaf.grad, expected.half())
+    assert expected.abs().max() < 2**12 * torch.finfo(torch.half).smallest_normal
 
 
 def test_autocast_does_not_reach_the_losses():
@@ -263,3 +267,24 @@ def test_prediction_is_the_argmax_of_upsampled_logits(classes, small, size, dtyp
 
 def test_prediction_breaks_ties_downwards():
     assert not predict(torch.zeros(1, 5, 2, 2), (9, 9)).any()
+
+
+def test_the_plain_side_of_the_benchmark_computes_the_same():
+    logits, old_logits, labels = benchmark.inputs(2, OLD, NEW, 4, 32, "cpu")
+    logits, old_logits = logits.detach().double().requires_grad_(), old_logits.double()
+    ours, plain_ = (f(logits, old_logits, labels) for f in (benchmark.ours, benchmark.plain))
+    torch.testing.assert_close(ours, plain_, rtol=1e-12, atol=0)
+    gradients = (torch.autograd.grad(x, logits)[0] for x in (ours, plain_))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-15)
+
+
+def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
+    shape = "--batch 1 --old 2 --new 1 --small 2 --size 8 --repeats 1 --calls 1"
+    file = tmp_path / "loss.json"
+    monkeypatch.setattr(harness, "in_fresh_process", harness._measure)
+    monkeypatch.setattr(sys, "argv", ["loss", *shape.split(), "--json", str(file)])
+    benchmark.main()
+    (case,) = json.loads(file.read_text())["cases"]
+    assert len(case["ours"]) == len(case["plain"]) == 1
+    assert case["summary"]["time ratio"] > 0
+    assert case["name"] in capsys.readouterr().out

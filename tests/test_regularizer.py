@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.regularizer import EWC, PI, RW, make_regularizer
+from utils.regularizer import EWC, PI, RW, make_regularizers
 
 
 def model(seed: int, outputs: int = 3) -> nn.Module:
@@ -18,9 +18,10 @@ def model(seed: int, outputs: int = 3) -> nn.Module:
 
 
 def build(kind: str, student: nn.Module, teacher: nn.Module | None, earlier=None, interval=2):
-    return make_regularizer(
-        kind, student, teacher, earlier, normalize=True, alpha=0.9, interval=interval
+    several = make_regularizers(
+        kind, student, teacher, {kind: earlier}, normalize=True, alpha=0.9, interval=interval
     )
+    return several.parts[kind]
 
 
 def iterate(student: nn.Module, regularizer, seed: int) -> None:
@@ -176,3 +177,17 @@ def test_a_gradient_that_overflowed_is_noticed():
     assert regularizer.gradients_finite()
     student["cls"].bias.grad[0] = float("inf")
     assert not regularizer.gradients_finite()
+
+
+def test_one_step_0_collects_for_all_what_each_would_alone():
+    student = model(0)
+    together = make_regularizers(
+        "ewc,pi,rw", student, None, None, normalize=True, alpha=0.9, interval=2
+    )
+    for i in range(5):
+        iterate(student, together, i)
+        assert together.add_penalty_gradient(500.0) is None
+    for kind, exported in together.export().items():
+        _, alone = trained(kind)
+        for name, tensors in alone.items():
+            assert all(torch.equal(v, exported[name][k]) for k, v in tensors.items())

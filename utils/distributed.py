@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from utils.errors import UserError
 
 # Rank 0 may scan a whole dataset while the others wait.
 TIMEOUT = timedelta(hours=2)
+
+_host_group: Any = None  # for flags on the CPU; None is the default group
 
 
 def init(local_rank: int | None = None) -> torch.device:
@@ -37,10 +40,35 @@ def init(local_rank: int | None = None) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None
-        )
+        _join("nccl" if cuda else "gloo", device if cuda else None)
     return device
+
+
+def _join(backend: str, device_id: torch.device | None) -> None:
+    global _host_group
+    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun's store outlives the processes: those it starts anew must not find the addresses
+    # that dead ones left there.
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"life-{life}", store),
+        rank=rank,
+        world_size=world,
+        timeout=TIMEOUT,
+        device_id=device_id,
+    )
+    _host_group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+
+def be_deterministic() -> None:
+    """The same run twice gives the same bits on CUDA, too, at some loss of speed.
+
+    An operation that has no deterministic form warns and names itself.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def shutdown(failed: bool = False) -> None:
@@ -87,8 +115,30 @@ def broadcast_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+def any_process(flag: bool) -> bool:
+    """Whether `flag` holds in any process; all call this at the same places and get one answer.
+
+    Goes from CPU to CPU, so it waits for no GPU.
+    """
+    if world_size() == 1:
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, group=_host_group)
+    return bool(flags.item())
+
+
 class PeerStopped(Exception):
     """Rank 0 stopped with an error of its own while this process waited for it."""
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether `error` says that another process died in the middle of a collective."""
+    signs = ("gloo", "by peer", "Broken pipe", "Socket", "TCPStore")
+    return isinstance(error, dist.DistError) or (
+        world_size() > 1
+        and isinstance(error, RuntimeError)
+        and any(sign in str(error) for sign in signs)
+    )
 
 
 @contextmanager
@@ -101,19 +151,13 @@ def main_first() -> Iterator[None]:
         try:
             yield
         except BaseException:
-            _announce(failed=True)
+            any_process(True)
             raise
-        _announce(failed=False)
+        any_process(False)
     else:
-        if _announce(failed=False):
+        if any_process(False):
             raise PeerStopped
         yield
-
-
-def _announce(failed: bool) -> bool:
-    """Whether any process says that it failed; all wait for each other here."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return bool(all_reduce(torch.tensor(float(failed), device=device)).item())
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:

@@ -16,11 +16,11 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.visual import save_png
 
 # Libraries that tell their inner life at DEBUG, one line per chunk of a PNG for instance.
 CHATTY = ("PIL", "wandb", "urllib3", "git")
@@ -93,8 +93,7 @@ class Logger:
         for sink in self._sinks:
             sink.image(tag, image, step)
         if self._pictures:
-            with atomic_write(self._pictures / f"{tag}.png") as file:
-                Image.fromarray(image).save(file, "PNG")
+            save_png(self._pictures / f"{tag}.png", image)
 
     def table(
         self, tag: str, header: Sequence[str], rows: Sequence[Sequence[object]], step: int

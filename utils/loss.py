@@ -94,9 +94,7 @@ class UnbiasedKnowledgeDistillation:
     def __call__(self, logits: Tensor, old_logits: Tensor | None, labels: Tensor) -> Tensor:
         old_logits = _required(old_logits)
         old_classes = old_logits.shape[1]
-        background, old, new = logits.split(
-            [1, old_classes - 1, logits.shape[1] - old_classes], 1
-        )
+        background, old, new = logits.split([1, old_classes - 1, logits.shape[1] - old_classes], 1)
         new_or_background = torch.logaddexp(background[:, 0], new.logsumexp(1))
         normalizer = torch.logaddexp(new_or_background, old.logsumexp(1))
         q = (self.alpha * old_logits).softmax(1)
@@ -148,7 +146,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
-    """B H W labels -> B C H W zeros and ones in `like`'s dtype; ignored pixels have an empty row."""
+    """B H W labels -> B C H W zeros and ones in `like`'s dtype; ignored pixels have empty rows."""
     ignored = labels == IGNORE_INDEX
     targets = torch.zeros_like(like)
     index = labels.masked_fill(ignored, 0)[:, None]

@@ -32,7 +32,7 @@ from utils.loss import WeightedTerm, at_least_float32
 Result = TypeVar("Result")
 
 # Logits in a piece: on a CPU few enough for its cache, elsewhere enough to outweigh the launches.
-CPU_PIECE, DEVICE_PIECE = 2**20, 2**25
+CPU_PIECE, DEVICE_PIECE = 2**20, 2**24
 
 
 def pixel_losses(
@@ -75,7 +75,7 @@ def predict(logits: Tensor, size: tuple[int, int], piece_size: int | None = None
     with torch.autocast(logits.device.type, enabled=False):
         upsampled = _Upsampled(logits, size)
 
-        @torch.no_grad()
+        @torch.no_grad()  # the mode is a thread's own
         def classes(piece: _Piece) -> Tensor:
             return upsampled.interpolate(upsampled.source(piece), piece).argmax(1)[:, 0]
 
@@ -194,9 +194,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 @lru_cache(maxsize=64)
-def _interpolation(
-    size_in: int, size_out: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _interpolation(size_in: int, size_out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Linear interpolation (align_corners=False) along one axis as a matrix, size_out size_in."""
     with torch.inference_mode(False):  # the cache outlives the mode it was filled in
         unit = torch.eye(size_in, dtype=torch.float64, device=device)

@@ -57,8 +57,8 @@ class Regularizer(ABC):
             stored = earlier.get(name)
             if stored is None:
                 raise UserError(
-                    f"the checkpoint of the step before holds no {name!r} importances: train that "
-                    "step with the same --regularizer"
+                    f"the checkpoint of the step before holds no {type(self).__name__} importances "
+                    f"({name}): train that step with the same --method or --regularizer"
                 )
             for key, old in self.reference.items():
                 if key not in stored or stored[key].shape != old.shape:
@@ -122,7 +122,10 @@ class Regularizer(ABC):
         """Take over the running state of the same step; UserError where it does not fit."""
         for name in self.tensors:
             own, stored = getattr(self, name), state.get(name)
-            if not isinstance(stored, Mapping) or not set(stored) <= set(self.parameters):
+            if not isinstance(stored, Mapping) or not all(
+                k in self.parameters and v.shape == self.parameters[k].shape
+                for k, v in stored.items()
+            ):
                 raise UserError(f"the checkpoint's regularizer state does not fit: {name!r}")
             own.clear()
             own.update({k: v.to(self.parameters[k].device) for k, v in stored.items()})
@@ -247,24 +250,70 @@ class RW(_FisherRegularizer):
         self.calls = int(state["calls"])
 
 
-def make_regularizer(
-    kind: str | None,
+KINDS = {"ewc": EWC, "rw": RW, "pi": PI}
+
+
+class Regularizers:
+    """The regularisers of a step by kind; the interface of one of them.
+
+    At step 0, where none has a penalty, several may collect importances side by side, so that one
+    checkpoint serves as the start of any of them. Later steps have one.
+    """
+
+    def __init__(self, parts: Mapping[str, Regularizer]) -> None:
+        self.parts = parts
+
+    def update(self) -> None:
+        for part in self.parts.values():
+            part.update()
+
+    def gradients_finite(self) -> bool:
+        return next(iter(self.parts.values())).gradients_finite()
+
+    def add_penalty_gradient(self, weight: float) -> Tensor | None:
+        values = [part.add_penalty_gradient(weight) for part in self.parts.values()]
+        return values[0]
+
+    def export(self) -> dict[str, dict[str, TensorDict]]:
+        """Kind -> what `Regularizer.export` gives."""
+        return {kind: part.export() for kind, part in self.parts.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {kind: part.state_dict() for kind, part in self.parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for kind, part in self.parts.items():
+            if kind not in state:
+                raise UserError(f"the checkpoint holds no state of the regularizer {kind}")
+            part.load_state_dict(state[kind])
+
+
+def make_regularizers(
+    kinds: str | None,
     student: nn.Module,
     teacher: nn.Module | None,
-    earlier: Mapping[str, TensorDict] | None,
+    earlier: Mapping[str, Mapping[str, TensorDict]] | None,
     *,
     normalize: bool,
     alpha: float,
     interval: int,
-) -> Regularizer | None:
-    """`ewc`, `pi`, `rw` or None -> the regulariser, or None."""
-    if kind is None:
+) -> Regularizers | None:
+    """`ewc`, `rw`, `pi`, several of them joined by commas, or None for no regulariser.
+
+    `earlier` is what the step before exported, by kind.
+    """
+    if kinds is None:
         return None
-    if kind == "ewc":
-        return EWC(student, teacher, earlier, normalize=normalize, alpha=alpha)
-    if kind == "pi":
-        return PI(student, teacher, earlier, normalize=normalize)
-    return RW(student, teacher, earlier, normalize=normalize, alpha=alpha, interval=interval)
+    settings: dict[str, dict[str, Any]] = {
+        "ewc": {"alpha": alpha},
+        "rw": {"alpha": alpha, "interval": interval},
+        "pi": {},
+    }
+    parts: dict[str, Regularizer] = {}
+    for kind in kinds.split(","):
+        stored = (earlier or {}).get(kind)
+        parts[kind] = KINDS[kind](student, teacher, stored, normalize=normalize, **settings[kind])
+    return Regularizers(parts)
 
 
 def _to_unit_range(t: Tensor) -> Tensor:

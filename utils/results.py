@@ -16,6 +16,7 @@ from utils.errors import UserError
 from utils.files import atomic_write
 
 NO_GROUND_TRUTH = "X"
+LISTS = ("train_list", "val_list")
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,20 @@ def result_files(logdir: Path, setting: str) -> tuple[Path, Path]:
 
 
 def write_results(
-    logdir: Path, setting: str, key: ResultKey, scores: Scores, class_names: Sequence[str]
+    logdir: Path,
+    setting: str,
+    key: ResultKey,
+    scores: Scores,
+    class_names: Sequence[str],
+    lists: tuple[int, int] | None = None,
 ) -> None:
     """Adds a tested step to both files, or replaces its row.
 
     Args:
         class_names: all classes of the task in head order, background first. Each gets a column
             `<index>:<name>`, empty where the step does not know the class yet.
+        lists: lengths of the data set's train and val list, in columns LISTS of the per-class file:
+            they tell the real data from a toy set in its layout.
 
     Raises:
         UserError: the disk is full, the folder not writable, or a file there is no result file.
@@ -53,7 +61,8 @@ def write_results(
     columns = [f"{index}:{name}" for index, name in enumerate(class_names)]
     iou = [_text(value) for value in scores.iou]
     unseen = [""] * (len(columns) - len(iou))
-    row = {"mean_iou": _text(scores.with_background)}
+    row = dict(zip(LISTS, map(str, lists or ()), strict=False))
+    row["mean_iou"] = _text(scores.with_background)
     row |= dict(zip(columns, iou + unseen, strict=True))
     _put(per_class, key, row)
     _put(means, key, {name: _text(value) for name, value in scores.means().items()})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from utils.constants import IGNORE_INDEX
+from utils.files import atomic_write
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
@@ -78,6 +80,22 @@ def sample_panel(
     panel.paste(row, (0, 0))
     panel.paste(legend, (GAP, row.height + GAP))
     return np.array(panel)
+
+
+def stacked(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures, uint8 H W 3 of any widths, below each other on white."""
+    width = max(picture.shape[1] for picture in pictures)
+    padded = [
+        np.pad(p, ((0, GAP), (0, width - p.shape[1]), (0, 0)), constant_values=255)
+        for p in pictures
+    ]
+    return np.concatenate(padded)
+
+
+def save_png(path: Path, picture: np.ndarray) -> None:
+    """Write uint8 H W 3 atomically. Raises UserError where the disk does not take it."""
+    with atomic_write(path) as file:
+        Image.fromarray(picture).save(file, "PNG")
 
 
 def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> np.ndarray:

@@ -1,0 +1,158 @@
+"""What all benchmarks share: ours against plain in turns, each time in a fresh process.
+
+A benchmark names for each of its cases two `Work`s, functions without arguments that prepare what
+they need and return the call to be measured. They are sent to the fresh process, so they are
+functions of a module or `functools.partial`s of one, not lambdas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+Work = Callable[[], Callable[[], object]]
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One process: seconds of the call (the fastest of `calls`), MiB it needed at its peak."""
+
+    seconds: float
+    peak: float
+
+
+@dataclass
+class Row:
+    """All samples of a case; `ours` and `plain` are in step, taken one right after the other."""
+
+    name: str
+    ours: list[Sample] = field(default_factory=list)
+    plain: list[Sample] = field(default_factory=list)
+
+    def ratios(self) -> list[float]:
+        return [a.seconds / b.seconds for a, b in zip(self.ours, self.plain, strict=True)]
+
+    def summary(self) -> dict[str, float]:
+        """Medians: seconds, MiB, and of the paired ratios ours / plain with their range."""
+        ratios = self.ratios()
+        peak, plain_peak = (
+            statistics.median(s.peak for s in samples) for samples in (self.ours, self.plain)
+        )
+        return {
+            "ours s": statistics.median(s.seconds for s in self.ours),
+            "plain s": statistics.median(s.seconds for s in self.plain),
+            "time ratio": statistics.median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+            "ours MiB": peak,
+            "plain MiB": plain_peak,
+            "memory ratio": peak / plain_peak if plain_peak else float("nan"),
+        }
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags every benchmark has."""
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--json", type=Path, metavar="FILE", help="write all samples there too")
+    result.add_argument("--repeats", type=int, default=5, help="fresh processes per variant")
+    result.add_argument("--calls", type=int, default=2, help="timed calls per process")
+    result.add_argument("--device", default="cpu", help="cpu or cuda")
+    return result
+
+
+def compare(
+    cases: Mapping[str, tuple[Work, Work]], repeats: int, calls: int, device: str
+) -> list[Row]:
+    """Measure (ours, plain) of every case in turns; progress goes to stderr."""
+    rows = {name: Row(name) for name in cases}
+    for repeat in range(repeats):
+        for name, (ours, plain) in cases.items():
+            print(f"{name}: {repeat + 1} of {repeats}", file=sys.stderr)
+            rows[name].ours.append(in_fresh_process(ours, calls, device))
+            rows[name].plain.append(in_fresh_process(plain, calls, device))
+    return list(rows.values())
+
+
+def report(rows: Sequence[Row], file: Path | None) -> None:
+    """Print the table; write the samples, the summaries and the machine as JSON to `file`."""
+    columns = list(rows[0].summary())
+    width = max(len(row.name) for row in rows)
+    print(" " * width, *(f"{column:>13}" for column in columns))
+    for row in rows:
+        cells = (f"{value:13.4g}" for value in row.summary().values())
+        print(f"{row.name:{width}}", *cells)
+    if file:
+        content = {
+            "command": sys.argv,
+            "machine": machine(),
+            "cases": [asdict(row) | {"summary": row.summary()} for row in rows],
+        }
+        file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    cpu = platform.processor()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def in_fresh_process(work: Work, calls: int, device: str) -> Sample:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_measure, work, calls, device).result()
+
+
+def _measure(work: Work, calls: int, device: str) -> Sample:
+    """Peak memory of a first call, which also warms up, then the fastest of `calls` more."""
+    call = work()
+    on_gpu = device != "cpu"
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the preparation
+    before = _peak(on_gpu, reset=True)
+    call()
+    peak = _peak(on_gpu) - before
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return Sample(min(times), peak)
+
+
+def _peak(on_gpu: bool, reset: bool = False) -> float:
+    """Most memory that was in use so far, MiB: of the GPU's allocator, or resident."""
+    if on_gpu:
+        torch.cuda.synchronize()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / MIB
+    # Not getrusage: its ru_maxrss starts from that of the parent process.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024

@@ -1,0 +1,291 @@
+"""The program as a user runs it, at toy size: steps, checkpoints, tests, launchers, bad input."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import run
+from segmentation_module import make_model
+from tests.conftest import ROOT
+from utils.results import read_results
+
+SMALL = [
+    "--backbone", "resnet18", "--no-pretrained", "--crop_size", "32", "--batch_size", "4",
+    "--num_workers", "0", "--task", "15-5", "--overlap", "--lr", "0.01", "--epochs", "1",
+]  # fmt: skip
+SETTING = "voc-15-5-ov"
+
+
+def make_toy(out: Path, dataset: str = "voc", train: int = 40, val: int = 7) -> Path:
+    command = [sys.executable, ROOT / "data" / "make_toy.py", "--out", out, "--dataset", dataset]
+    command += ["--train", train, "--val", val, "--size", "48"]
+    subprocess.run([str(c) for c in command], check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    return make_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def trained(toy, tmp_path_factory) -> tuple[Path, str]:
+    """A folder in which step 0 of run "a" was trained, and what that printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, str(ROOT / "run.py"), "--data_root", str(toy), *SMALL]
+    command += ["--name", "a", "--method", "MIB", "--sample_num", "2"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return folder, done.stdout
+
+
+@pytest.fixture
+def work(trained, tmp_path, monkeypatch) -> Path:
+    """A copy of that folder to work in."""
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(toy: Path, *argv: str) -> int:
+    return run.main(["--data_root", str(toy), *SMALL, *argv])
+
+
+def fails(capsys, toy: Path, *argv: str) -> str:
+    """The one line that a run which must fail prints."""
+    assert start(toy, *argv) == 1
+    captured = capsys.readouterr().err.strip()
+    lines = [line for line in captured.splitlines() if "it/s" not in line and "mask/s" not in line]
+    assert len(lines) == 1, captured
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def table(text: str) -> str:
+    """The class table of a test, as printed."""
+    begin = text.index("  #  class")
+    return text[begin : text.index("mean precision") + 40].strip()
+
+
+def checkpoint_file(folder: Path, name: str, step: int) -> Path:
+    return folder / "checkpoints" / "step" / SETTING / f"{name}_{step}.pth"
+
+
+def test_step_0_writes_what_is_promised(trained):
+    folder, printed = trained
+    content = torch.load(checkpoint_file(folder, "a", 0), weights_only=True)
+    assert content["epoch"] == 1
+    assert content["finished"] is True
+    assert content["options"]["name"] == "a"
+    assert "cls.0.weight" in content["model_state"]
+    lists = folder / "data" / "voc" / "15-5-ov"
+    assert {p.name for p in lists.glob("*.npy")} == {"train-0.npy", "train-1.npy"}
+    (row,) = read_results(folder / "logs" / "results" / f"{SETTING}-agg.csv")
+    assert (row["name"], row["method"], row["step"], row["seed"]) == ("a", "MIB", 0, 42)
+    assert f"mean IoU with background  {row['with_background']:.4f}" in printed
+
+
+def test_curves_table_figure_and_panels_are_in_the_event_file(trained):
+    folder, _ = trained
+    logdir = folder / "logs" / SETTING / "a" / "step-0"
+    events = EventAccumulator(str(logdir), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()
+    for tag in ("train/ce", "train/lr", "train/images_per_second", "val/ce", "val/with_background"):
+        assert tag in tags["scalars"]
+    assert {"samples/0", "samples/1", "test/confusion"} <= set(tags["images"])
+    assert any("test/classes" in tag for tag in tags["tensors"])
+    assert (logdir / "images" / "samples" / "0.png").is_file()
+
+
+def test_test_prints_exactly_what_training_printed(trained, work, toy, capsys):
+    before = read_results(work / "logs" / "results" / f"{SETTING}.csv")
+    assert start(toy, "--name", "a", "--test", "--method", "MIB") == 0
+    assert table(capsys.readouterr().out) == table(trained[1])
+    assert read_results(work / "logs" / "results" / f"{SETTING}.csv") == before
+
+
+def test_next_step_starts_from_the_one_before(work, toy, capsys):
+    assert start(toy, "--name", "a", "--step", "1", "--method", "MIB") == 0
+    assert "unkd" in capsys.readouterr().out
+    old = torch.load(checkpoint_file(work, "a", 0), weights_only=True)
+    new = torch.load(checkpoint_file(work, "a", 1), weights_only=True)
+    assert new["steps"] == [list(range(16)), list(range(16, 21))]
+    assert new["model_state"].keys() - old["model_state"].keys() == {"cls.1.weight", "cls.1.bias"}
+    difference = (new["model_state"]["body.mod1.conv1.weight"]
+                  - old["model_state"]["body.mod1.conv1.weight"])  # fmt: skip
+    assert 0 < difference.abs().max() < 0.5
+
+
+def test_step_ckpt_and_ckpt_name_other_files(work, toy, capsys):
+    elsewhere = work / "elsewhere.pth"
+    checkpoint_file(work, "a", 0).rename(elsewhere)
+    assert start(toy, "--name", "b", "--step", "1", "--step_ckpt", str(elsewhere)) == 0
+    assert start(toy, "--name", "c", "--test", "--ckpt", str(elsewhere)) == 0
+
+
+@pytest.mark.parametrize("method", ["LWF", "LWF-MC", "ILT", "EWC", "RW", "PI"])
+def test_every_method_runs_two_steps_frozen_too(toy, tmp_path, monkeypatch, method: str, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert start(toy, "--method", method, "--fix_bn") == 0
+    assert start(toy, "--method", method, "--step", "1", "--freeze", "--fix_bn") == 0
+    old, new = (torch.load(checkpoint_file(tmp_path, "Experiment", step), weights_only=True)
+                for step in (0, 1))  # fmt: skip
+    for key, value in old["model_state"].items():
+        if key.startswith("body.") or "running" in key:
+            assert torch.equal(value, new["model_state"][key]), key
+    assert (new["regularizer"] is not None) == (method in ("EWC", "RW", "PI"))
+    assert "nan" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--val_on_trainset",),
+        ("--cross_val", "--no_mask"),
+        ("--no_crop_val", "--no_visualize"),
+        ("--norm_act", "abn", "--output_stride", "8", "--lr_policy", "step"),
+        ("--amp", "bf16", "--debug"),
+        ("--icarl_bkg", "--val_interval", "2"),
+    ],
+    ids=" ".join,
+)
+def test_flags_that_change_a_step_run(work, toy, flags: tuple[str, ...], capsys):
+    assert start(toy, "--name", "f", *flags) == 0
+    assert "mean IoU with background" in capsys.readouterr().out
+
+
+def test_ade_runs_two_steps(tmp_path, monkeypatch, capsys):
+    ade = make_toy(tmp_path / "toy", "ade", train=120, val=5)
+    monkeypatch.chdir(tmp_path)
+    argv = ["--dataset", "ade", "--task", "100-50", "--name", "x", "--method", "MIB"]
+    for step in ("0", "1"):
+        assert start(ade, *argv, "--step", step) == 0
+    rows = read_results(tmp_path / "logs" / "results" / "ade-100-50-ov.csv")
+    assert [row["step"] for row in rows] == [0, 1]
+    assert "150" in capsys.readouterr().out
+
+
+def launch(module: list[str], folder: Path, toy: Path, *argv: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", *module, "--nproc_per_node=2", "--standalone"]
+    command += [str(ROOT / "run.py"), "--data_root", str(toy), *SMALL, *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "torch.distributed.launch"])
+def test_two_processes_under_both_launchers(work, toy, launcher: str):
+    argv = ["--name", "a", "--step", "1", "--method", "MIB", "--batch_size", "2"]
+    done = launch([launcher], work, toy, *argv)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mean IoU with background") == 1
+    tested = launch([launcher], work, toy, *argv, "--test")
+    assert table(tested.stdout) == table(done.stdout)
+
+
+def test_both_processes_stop_with_one_line_of_ours(work, toy):
+    done = launch(["torch.distributed.run"], work, work / "nothing", "--name", "a")
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(ours) == 1
+    assert "no data root" in ours[0]
+
+
+def test_a_reference_checkpoint_is_tested_and_continued(work, toy):
+    """The official code saves keys with `module.` and, as best score, a numpy scalar."""
+    path = checkpoint_file(work, "a", 0)
+    state = torch.load(path, weights_only=True)["model_state"]
+    prefixed = {f"module.{k}": v for k, v in state.items() if "num_batches" not in k}
+    content = {"model_state": prefixed, "epoch": 29, "best_score": np.float64(0.7)}
+    torch.save({**content, "optimizer_state": {}, "trainer_state": {}}, work / "theirs.pth")
+    assert start(toy, "--name", "r", "--test", "--ckpt", "theirs.pth") == 0
+    assert start(toy, "--name", "r", "--step", "1", "--step_ckpt", "theirs.pth") == 0
+
+
+def test_wandb_offline_run(work, toy, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert start(toy, "--name", "w", "--wandb") == 0
+    assert list((work / "logs" / SETTING / "w" / "step-0" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+class TestBadInput:
+    """Each gets one line that names the thing; nothing is half-written."""
+
+    @pytest.mark.parametrize(
+        ("argv", "words"),
+        [
+            (["--task", "16-5x"], "16-5x"),
+            (["--task", "100-10"], "--dataset ade"),
+            (["--step", "2"], "--step 0 to 1"),
+            (["--step", "1", "--name", "nobody"], "nobody_0.pth"),
+            (["--test", "--name", "nobody"], "nobody_0.pth"),
+            (["--test", "--ckpt", "missing.pth"], "missing.pth"),
+            (["--step", "1", "--name", "a", "--task", "10-5", "--step_ckpt", "CKPT"], "task 15-5"),
+            (["--step", "1", "--name", "a", "--backbone", "resnet34"], "backbone"),
+            (["--test", "--step", "1", "--ckpt", "CKPT"], "step 0"),
+            (["--pretrained"], "pretrained/README.md"),
+            (["--batch_size", "400"], "--batch_size"),
+            (["--batch_size", "1", "--norm_act", "abn"], "--batch_size"),
+            (["--unce", "--bce"], "--unce"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_flags(self, work, toy, capsys, argv: list[str], words: str):
+        argv = [str(checkpoint_file(work, "a", 0)) if a == "CKPT" else a for a in argv]
+        before = sorted(work.rglob("*.pth"))
+        assert words in fails(capsys, toy, *argv)
+        assert sorted(work.rglob("*.pth")) == before
+
+    @pytest.mark.parametrize("kind", ["foreign label", "sizes", "JPEG", "PNG", "missing"])
+    def test_files(self, work, toy, capsys, kind: str):
+        data = work / "broken"
+        shutil.copytree(toy, data)
+        root = data / "PascalVOC12"
+        image = sorted((root / "JPEGImages").glob("*train*"))[3]
+        mask = root / "SegmentationClassAug" / f"{image.stem}.png"
+        if kind == "foreign label":
+            pixels = np.array(Image.open(mask))
+            pixels[0, 0] = 77
+            Image.fromarray(pixels).save(mask)
+        elif kind == "sizes":
+            Image.new("RGB", (20, 20)).save(image)
+        elif kind == "JPEG":
+            image.write_bytes(image.read_bytes()[:300])
+        elif kind == "PNG":
+            mask.write_bytes(mask.read_bytes()[:100])
+        else:
+            mask.unlink()
+        line = fails(capsys, data, "--name", "x", "--epochs", "2", "--num_workers", "1")
+        assert mask.stem in line
+        assert "77" in line or kind != "foreign label"
+        assert not checkpoint_file(work, "x", 0).exists()
+
+    def test_weights_of_another_network(self, work, toy, capsys):
+        from modules.norm import get_norm
+
+        body = make_model("resnet34", get_norm("abn"), [2]).body
+        (work / "pretrained").mkdir()
+        path = work / "pretrained" / "resnet18_iabn_sync.pth.tar"
+        torch.save({"state_dict": body.state_dict()}, path)
+        assert "block3" in fails(capsys, toy, "--pretrained", "--name", "x")
+
+    def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(self, work, toy, capsys):
+        before = checkpoint_file(work, "a", 0).read_bytes()
+        line = fails(capsys, toy, "--name", "a", "--lr", "1e30", "--epochs", "3")
+        assert re.search(r"'ce' is (nan|inf|-inf) in epoch \d, iteration \d+", line)
+        assert checkpoint_file(work, "a", 0).read_bytes() == before
+
+    def test_an_unfinished_step_is_no_start_for_the_next(self, work, toy, capsys):
+        path = checkpoint_file(work, "a", 0)
+        content = torch.load(path, weights_only=True)
+        torch.save({**content, "finished": False}, path)
+        assert "--continue_ckpt" in fails(capsys, toy, "--name", "a", "--step", "1")
