@@ -37,6 +37,16 @@ $(VENV)/.tools: tests/requirements.txt $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.demo
 
+# All methods from one step 0: make compare DATA=folder [COMPARE="flags of benchmarks.compare"]
+DATA ?= data
+COMPARE ?= --task 15-5 --overlap --backbone resnet18 --no-pretrained --crop_size 128 \
+  --batch_size 8 --epochs 12 6 --lr 0.05 0.002 --val_interval 100
+compare: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.compare --data_root $(DATA) $(COMPARE)
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.loss
+
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 

@@ -193,6 +193,8 @@ def _add_terms(group: argparse._ArgumentGroup) -> None:
 def _add_evaluation(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--crop_val", action=Switch, default=True, help="validate and test on centre crops")
+    add("--tta", action="store_true",
+        help="test once more, averaged over three scales and mirrored images")  # fmt: skip
     add("--val_on_trainset", action="store_true", help="validate on the step's training list")
     add("--cross_val", action="store_true", help="validate on a held-out fifth of the train list")
     add("--mask", action=Switch, default=True,

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
@@ -29,7 +29,7 @@ from dataset import StepDatasets, build_datasets, get_spec
 from dataset.incremental import IncrementalSegmentation
 from dataset.sampler import EvalBatchSampler, TrainBatchSampler
 from dataset.spec import DatasetSpec
-from metrics import StreamSegMetrics, score_rows, to_table
+from metrics import Scores, StreamSegMetrics, score_rows, to_table
 from modules.norm import get_norm
 from segmentation_module import (
     IncrementalSegmentationModule,
@@ -44,11 +44,13 @@ from train import (
     LogPoint,
     Objective,
     Precision,
+    Predictor,
     evaluate,
     predict_samples,
     train_epoch,
 )
 from utils import checkpoint, distributed, workers
+from utils.averaging import predict_average, versions
 from utils.errors import UserError
 from utils.lock import run_lock
 from utils.logger import Logger, WandbOptions, setup_console
@@ -60,6 +62,7 @@ from utils.signals import INTERRUPTED, Interrupted, stop_requests
 from utils.visual import confusion_figure, palette, sample_panel, save_png, stacked
 
 log = logging.getLogger(__name__)
+TTA_SCALES = (0.75, 1.0, 1.25)
 WORKDIR = Path(".")  # checkpoints, logs and split lists live under the working directory
 
 
@@ -160,6 +163,8 @@ def run(opts: Namespace, notes: Sequence[str], device: torch.device) -> bool:
         log.info(note)
     if opts.deterministic:
         distributed.be_deterministic()
+    if opts.num_workers:
+        workers.context()  # imports while the models are built
     spec = get_spec(opts.dataset, opts.data_root)
     task = spec.task(opts.task)
     with ExitStack() as stack:
@@ -652,12 +657,59 @@ def test(
     data: StepDatasets,
     iteration: int,
 ) -> None:
-    """The step's result: console table, curves' end points, result files."""
+    """The step's result: console table, curves' end points, result files.
+
+    `--tta` adds a second one, with predictions averaged over versions of each image, to the console
+    and, under `<name>+tta`, to the result files.
+    """
     objective = Objective(model, None, {}, 0.0, context.precision)
-    batches = evaluation_batches(context, data.test)
-    metrics, _ = evaluate(objective, batches, len(context.class_names), context.device)
+    classes, device = len(context.class_names), context.device
+    metrics, _ = evaluate(objective, evaluation_batches(context, data.test), classes, device)
     if distributed.is_main():
         report(context, metrics, iteration, data.lists)
+    if context.opts.tta:
+        averaged, _ = evaluate(
+            objective, evaluation_batches(context, data.test), classes, device,
+            averaging_predictor(context, model),
+        )  # fmt: skip
+        if distributed.is_main():
+            report_averaged(context, averaged, data.lists)
+
+
+def averaging_predictor(context: Context, model: IncrementalSegmentationModule) -> Predictor:
+    """Averages over TTA_SCALES, each mirrored as well."""
+
+    def network(images: Tensor) -> Tensor:
+        with context.precision.autocast():
+            return model(images).logits
+
+    def predictor(images: Tensor, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        maps = versions(network, images, TTA_SCALES, flip=True)
+        return predict_average(maps, size, binary=context.opts.bce)
+
+    return predictor
+
+
+def report_averaged(
+    context: Context, metrics: StreamSegMetrics, lists: tuple[int, int]
+) -> None:
+    """Print and write the scores of `--tta`, apart from the plain ones."""
+    scores = metrics.scores(context.old_classes)
+    scales = ", ".join(map(str, TTA_SCALES))
+    print(f"\nAveraged over scales {scales}, each mirrored as well:", flush=True)
+    print(to_table(context.class_names, scores), flush=True)
+    key = result_key(context.opts)
+    write_scores(context, replace(key, name=f"{key.name}+tta"), scores, lists)
+
+
+def write_scores(
+    context: Context, key: ResultKey, scores: Scores, lists: tuple[int, int]
+) -> None:
+    """Add a row to the result files."""
+    in_head_order = [context.spec.class_names[i] for labels in context.task.steps for i in labels]
+    write_results(
+        Path(context.opts.logdir), setting(context.opts), key, scores, in_head_order, lists
+    )
 
 
 def report(
@@ -674,10 +726,7 @@ def report(
     logger.scalars({f"test/{name}": value for name, value in scores.means().items()}, iteration)
     confusion = metrics.confusion.cpu().numpy()
     logger.image("test/confusion", confusion_figure(confusion, names), iteration)
-    in_head_order = [context.spec.class_names[i] for labels in context.task.steps for i in labels]
-    write_results(
-        Path(opts.logdir), setting(opts), result_key(opts), scores, in_head_order, lists
-    )
+    write_scores(context, result_key(opts), scores, lists)
 
 
 # ------------------------------------------------------------------------------- logging

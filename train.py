@@ -220,9 +220,17 @@ def train_epoch(
     }
 
 
+# Normalised images B 3 H W, their logits, (H, W) -> the class of every pixel, B H W.
+Predictor = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
+
+
 @torch.inference_mode()
 def evaluate(
-    objective: Objective, batches: Iterable[Batch], num_classes: int, device: torch.device
+    objective: Objective,
+    batches: Iterable[Batch],
+    num_classes: int,
+    device: torch.device,
+    predictor: Predictor = lambda images, logits, size: predict(logits, size),
 ) -> tuple[StreamSegMetrics, dict[str, float]]:
     """Confusion matrix over all ranks' batches, and each term's mean over the images.
 
@@ -238,7 +246,7 @@ def evaluate(
         values = [terms[name].double() for name in names]
         sums += len(images) * torch.stack([*values, torch.ones_like(sums[0])])
         size = (labels.shape[1], labels.shape[2])
-        metrics.update(labels, predict(logits, size))
+        metrics.update(labels, predictor(images, logits, size))
     distributed.all_reduce(metrics.confusion)
     *totals, count = distributed.all_reduce(sums).tolist()
     return metrics, {name: total / count for name, total in zip(names, totals, strict=True)}

@@ -8,32 +8,86 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+import predict
+import report
 from argparser import Switch, get_parser, parse
+from benchmarks import compare, loss
+from dataset import check, splits
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def commands() -> list[str]:
-    """Every command line in the code blocks of README and docs that starts run.py."""
+def commands(program: str) -> list[str]:
+    """The command lines in the code blocks of README and docs that hold `program`."""
     found = []
     for page in PAGES:
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.S | re.M):
-            lines = block.replace("\\\n", " ").splitlines()
-            found += [line.strip() for line in lines if re.search(r"\brun\.py\b", line)]
+            lines = [line.strip() for line in block.replace("\\\n", " ").splitlines()]
+            found += [line for line in lines if program in line.split() and line[0] not in "+-@"]
     return found
 
 
-@pytest.mark.parametrize("command", commands())
-def test_commands_parse(command: str):
+def arguments(command: str, program: str) -> list[str]:
     words = shlex.split(re.sub(r"\$\w+", "0", command), comments=True)
-    start = next(i for i, word in enumerate(words) if word.endswith("run.py"))
-    parse(words[start + 1 :])
+    return words[words.index(program) + 1 :]
+
+
+@pytest.fixture
+def garden(tmp_path, monkeypatch) -> None:
+    """The folder of docs/own_data.md, with the dataset.json that stands there."""
+    page = (ROOT / "docs" / "own_data.md").read_text()
+    (text,) = re.findall(r"^```json\n(.*?)^```", page, re.S | re.M)
+    for folder, save in (("images", "jpg"), ("masks", "png")):
+        (tmp_path / "garden" / folder).mkdir(parents=True)
+        for name in "abcde":
+            picture = Image.new("RGB" if save == "jpg" else "L", (8, 8))
+            picture.save(tmp_path / "garden" / folder / f"{name}.{save}")
+    (tmp_path / "garden" / "dataset.json").write_text(text)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("command", commands("run.py") + commands("docs/slurm.sh"))
+def test_commands_parse(command: str, garden):
+    assert parse(arguments(command, "run.py" if "run.py" in command else "docs/slurm.sh"))
+
+
+OTHERS = {
+    "predict.py": predict, "report.py": report, "dataset.check": check, "dataset.splits": splits,
+    "benchmarks.compare": compare, "benchmarks.loss": loss, "data/make_toy.py": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("program", "command"), [(p, c) for p in OTHERS for c in commands(p)]
+)
+def test_commands_of_other_programs_parse(program: str, command: str, monkeypatch):
+    class Parsed(Exception):
+        pass
+
+    def stop(self, args=None, namespace=None):
+        raise Parsed(original(self, args, namespace))
+
+    original = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    argv = arguments(command, program)
+    if "--help" not in argv:
+        with pytest.raises(Parsed):
+            OTHERS[program].main(argv)
+
+
+def test_make_targets_exist():
+    text = "\n".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {"demo", "test", "setup"} <= named
+    assert named <= targets
 
 
 def test_there_are_commands_for_every_launcher():
-    text = "\n".join(commands())
+    text = "\n".join(commands("run.py"))
     assert "torchrun --nnodes" in text
     assert text.count("torch.distributed.launch") >= 4
 

@@ -154,7 +154,7 @@ def test_every_method_runs_two_steps_frozen_too(toy, tmp_path, monkeypatch, meth
         ("--cross_val", "--no_mask"),
         ("--no_crop_val", "--no_visualize"),
         ("--norm_act", "abn", "--output_stride", "8", "--lr_policy", "step"),
-        ("--amp", "bf16", "--debug"),
+        ("--amp", "bf16", "--debug", "--tta"),
         ("--icarl_bkg", "--val_interval", "2"),
     ],
     ids=" ".join,

@@ -73,10 +73,10 @@ def predict(logits: Tensor, size: tuple[int, int], piece_size: int | None = None
     dtype = torch.uint8 if logits.shape[1] <= IGNORE_INDEX else torch.int64
     labels = torch.empty((len(logits), *size), dtype=dtype, device=logits.device)
     with torch.autocast(logits.device.type, enabled=False):
-        upsampled = _Upsampled(logits, size)
+        upsampled = Upsampled(logits, size)
 
         @torch.no_grad()  # the mode is a thread's own
-        def classes(piece: _Piece) -> Tensor:
+        def classes(piece: Piece) -> Tensor:
             return upsampled.interpolate(upsampled.source(piece), piece).argmax(1)[:, 0]
 
         for piece, result in upsampled.each_piece(classes, piece_size):
@@ -84,7 +84,7 @@ def predict(logits: Tensor, size: tuple[int, int], piece_size: int | None = None
     return labels
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """A band of rows of one upsampled image, and the rows of the small map that it needs."""
 
     image: int
@@ -92,7 +92,7 @@ class _Piece(NamedTuple):
     span: slice
 
 
-class _Upsampled:
+class Upsampled:
     """Maps B C h w as seen at H x W, a piece at a time, in at least float32."""
 
     def __init__(self, maps: Tensor, size: tuple[int, int]) -> None:
@@ -103,19 +103,19 @@ class _Upsampled:
         self.vertical = _interpolation(height, size[0], self.maps.dtype, self.maps.device)
         self.horizontal = _interpolation(width, size[1], self.maps.dtype, self.maps.device).T
 
-    def source(self, piece: _Piece) -> Tensor:
+    def source(self, piece: Piece) -> Tensor:
         """The part of the small maps that a piece is made of, span C w."""
         return self.maps[piece.image, piece.span]
 
-    def interpolate(self, source: Tensor, piece: _Piece) -> Tensor:
+    def interpolate(self, source: Tensor, piece: Piece) -> Tensor:
         """A piece from its source: rows C 1 W, each row of pixels an image of its own."""
         wide = (source @ self.horizontal).flatten(1)
         rows = self.vertical[piece.rows, piece.span] @ wide
         return rows.view(len(rows), -1, 1, self.size[1])
 
     def each_piece(
-        self, work: Callable[[_Piece], Result], piece_size: int | None
-    ) -> Iterator[tuple[_Piece, Result]]:
+        self, work: Callable[[Piece], Result], piece_size: int | None
+    ) -> Iterator[tuple[Piece, Result]]:
         """All pieces, of about `piece_size` values, in order, each with work(piece).
 
         On a CPU every core takes whole pieces: threads inside the many short operations of a piece
@@ -125,7 +125,7 @@ class _Upsampled:
         images, height, channels, _ = self.maps.shape
         most = (piece_size or (CPU_PIECE if on_cpu else DEVICE_PIECE)) // (channels * self.size[1])
         bands = _bands(height, self.size[0], max(1, most))
-        pieces = [_Piece(image, *band) for image in range(images) for band in bands]
+        pieces = [Piece(image, *band) for image in range(images) for band in bands]
         threads = torch.get_num_threads()
         if not on_cpu or threads == 1:
             yield from ((piece, work(piece)) for piece in pieces)
@@ -147,11 +147,11 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor | None]:
     """Weight * mean of each term and, where grad is on, the gradient of their sum, B C h w."""
     size = (labels.shape[1], labels.shape[2])
-    student = _Upsampled(logits, size)
-    teacher = None if old_logits is None else _Upsampled(old_logits, size)
+    student = Upsampled(logits, size)
+    teacher = None if old_logits is None else Upsampled(old_logits, size)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
 
-    def sums(piece: _Piece) -> tuple[Tensor, Tensor | None]:
+    def sums(piece: Piece) -> tuple[Tensor, Tensor | None]:
         y = labels[piece.image, piece.rows, None].long()
         with torch.no_grad():
             x_old = teacher.interpolate(teacher.source(piece), piece) if teacher else None

@@ -75,7 +75,7 @@ def sample_panel(
     for title, labels in maps.items():
         tiles[title] = _tile(colorize(labels, colors), Image.Resampling.NEAREST)
     row = _titled_row(tiles)
-    legend = _legend(list(maps.values()), class_names, colors, row.width - 2 * GAP)
+    legend = class_legend(list(maps.values()), class_names, colors, row.width - 2 * GAP)
     panel = Image.new("RGB", (row.width, row.height + legend.height + 2 * GAP), WHITE)
     panel.paste(row, (0, 0))
     panel.paste(legend, (GAP, row.height + GAP))
@@ -111,9 +111,9 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> np.nd
     count = len(confusion)
     names = [_drawable(class_names[i], i) for i in range(count)]
     cell = min(max(840 // count, 13), 64)
-    font, axis_font = _font(min(cell - 2, 14)), _font(16)
+    font, axis_font = font_of(min(cell - 2, 14)), font_of(16)
     margin = max(int(font.getlength(name)) for name in names) + GAP
-    axis = _line_height(axis_font) + GAP
+    axis = line_height(axis_font) + GAP
     left, top, side = axis + margin, axis + GAP, count * cell
     width = left + max(side, 170) + 2 * GAP
     figure = Image.new("RGB", (width, top + side + margin + axis), WHITE)
@@ -141,8 +141,8 @@ def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> np.nd
 def _titled_row(tiles: Mapping[str, Image.Image]) -> Image.Image:
     """Pictures of one size side by side, each below its title."""
     size = next(iter(tiles.values())).size
-    font = _font(15)
-    width, top = max(size[0], TITLE_MIN), _line_height(font) + GAP
+    font = font_of(15)
+    width, top = max(size[0], TITLE_MIN), line_height(font) + GAP
     row = Image.new("RGB", (len(tiles) * (width + GAP) + GAP, top + size[1]), WHITE)
     draw = ImageDraw.Draw(row)
     for i, (title, tile) in enumerate(tiles.items()):
@@ -186,7 +186,7 @@ def _numbers(
     draw: ImageDraw.ImageDraw, shares: np.ndarray, corner: tuple[int, int], cell: int
 ) -> None:
     """Percentages in the cells; nothing where it would be 0."""
-    font = _font(max(int(cell * 0.36), 10))
+    font = font_of(max(int(cell * 0.36), 10))
     for row, column in np.argwhere(shares >= 0.005):
         share = shares[row, column]
         at = (corner[0] + (column + 0.5) * cell, corner[1] + (row + 0.5) * cell)
@@ -207,7 +207,7 @@ def _rotated(
     figure: Image.Image, text: str, at: tuple[int, int], font: Font, *, anchor: str
 ) -> None:
     """Writes `text` upwards: "mm" puts its centre, "rm" the middle of its last letter, at `at`."""
-    width, height = int(font.getlength(text)) + 2, _line_height(font)
+    width, height = int(font.getlength(text)) + 2, line_height(font)
     line = Image.new("L", (width, height))
     ImageDraw.Draw(line).text((width / 2, height / 2), text, 255, font, anchor="mm")
     line = line.rotate(90, expand=True)
@@ -215,19 +215,19 @@ def _rotated(
     figure.paste(INK, (at[0] - line.width // 2, top), line)
 
 
-def _legend(
+def class_legend(
     maps: Sequence[np.ndarray],
     class_names: Sequence[str],
     colors: np.ndarray | None,
     width: int,
 ) -> Image.Image:
     """Swatch and name of every label in `maps`, line after line within `width` pixels."""
-    font = _font(14)
-    swatch, line = 14, _line_height(font) + GAP // 2
+    font = font_of(14)
+    swatch, line = 14, line_height(font) + GAP // 2
     entries = []
     left = top = 0
     for label in sorted({int(label) for labels in maps for label in np.unique(labels)}):
-        name = _shortened(_label_name(label, class_names), width - swatch - GAP, font)
+        name = shortened(_label_name(label, class_names), width - swatch - GAP, font)
         step = swatch + GAP // 2 + int(font.getlength(name)) + 2 * GAP
         if left and left + step > width + 2 * GAP:
             left, top = 0, top + line
@@ -255,7 +255,7 @@ def _drawable(name: str, index: int) -> str:
     return plain or f"class {index}"
 
 
-def _shortened(text: str, width: int, font: Font) -> str:
+def shortened(text: str, width: int, font: Font) -> str:
     """`text`, its end replaced by three dots if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
@@ -274,10 +274,10 @@ def _tile(pixels: np.ndarray, resampling: Image.Resampling) -> Image.Image:
     return tile if factor == 1 else tile.resize(size, resampling)
 
 
-def _font(size: int) -> Font:
+def font_of(size: int) -> Font:
     return ImageFont.load_default(size)
 
 
-def _line_height(font: Font) -> int:
+def line_height(font: Font) -> int:
     left, top, right, bottom = font.getbbox("Ag")
     return int(bottom) + 2

@@ -1,0 +1,220 @@
+"""report.py: the paper's columns out of per-class files, seeds, the paper beside them, the plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import DATASETS
+from metrics import Scores
+from report import collect, find_files, lines_of, main, scores_of
+from tasks import get_task
+from utils.paper import LISTS, paper_scores
+from utils.results import ResultKey, write_results
+
+X = float("nan")  # a class without ground truth
+
+
+def put(
+    logdir: Path, setting: str, name: str, step: int, iou: list[float], *,
+    classes: int | list[str] = 21, method: str = "MIB", seed: int = 42,
+    lists: tuple[int, int] | None = (300, 60),
+) -> None:  # fmt: skip
+    values = np.array(iou)
+    scores = Scores(values, values, values, X, X, X, float(np.nanmean(values)), X, X, X, X)
+    names = [f"class {i}" for i in range(classes)] if isinstance(classes, int) else classes
+    write_results(logdir, setting, ResultKey(name, method, step, seed), scores, names, lists)
+
+
+def put_15_5(logdir: Path, name: str = "MIB", shift: float = 0.0, **more) -> None:
+    """Step 0: 0.8; then old 0.6, new 0.3, but class 20 without ground truth."""
+    put(logdir, "voc-15-5", name, 0, [0.9] + [0.8 + shift] * 15, **more)
+    put(logdir, "voc-15-5", name, 1, [0.9] + [0.6 + shift] * 15 + [0.3 + shift] * 4 + [X], **more)
+
+
+def report(capsys, *arguments: object) -> str:
+    assert main(list(map(str, arguments))) == 0
+    return capsys.readouterr().out
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of a Markdown table, its rule left out."""
+    lines = [line[1:-1].split("|") for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    return [line for line in cells if not line[0].startswith("---")]
+
+
+def test_old_new_all_forgetting_and_average(tmp_path):
+    put_15_5(tmp_path)
+    ((setting, (row,)),) = collect(find_files([tmp_path / "results"])).items()
+    assert (setting.dataset, setting.task, setting.overlap) == ("voc", "15-5", False)
+    everything = (15 * 60 + 4 * 30) / 19  # class 20 has no ground truth, background no part
+    expected = {
+        "old": 60, "new": 30, "all": everything, "with background": (19 * everything + 90) / 20,
+        "forgetting": 20, "average": (80 + everything) / 2,
+    }  # fmt: skip
+    assert scores_of(setting, row.runs[0]) == pytest.approx(expected)
+
+
+def test_old_is_step_0_also_after_several_steps(tmp_path, capsys):
+    for step in range(3):
+        seen = [0.5] + [0.9 - 0.1 * step] * 15 + [0.4, 0.2, 0.1][:step]
+        put(tmp_path, "voc-15-5s-ov", "a", step, seen)
+    header, row = rows(report(capsys, tmp_path / "results", "--format", "markdown"))
+    assert header[3:7] == ["step", "old", "new", "all"]
+    assert row[3:7] == ["2/5", "70.0", "30.0", f"{100 * (15 * 0.7 + 0.6) / 17:.1f}"]
+
+
+def test_ade_has_a_column_per_step(tmp_path, capsys):
+    task = get_task("ade", "100-10")
+    for step in range(6):
+        iou = [X] + [0.5 - 0.05 * t for t in range(step + 1) for label in task.new(t) if label]
+        put(tmp_path, "ade-100-10", "a", step, iou, classes=151, lists=(20210, 2000))
+    text = report(capsys, tmp_path / "results", "--format", "markdown")
+    assert "### ade 100-10: mean IoU in %" in text
+    header, ours, paper, gap = rows(text)
+    assert header[4:11] == ["1-100", "101-110", "111-120", "121-130", "131-140", "141-150", "all"]
+    assert ours[4:11] == ["50.0", "45.0", "40.0", "35.0", "30.0", "25.0", "45.0"]
+    assert paper[4:11] == ["31.8", "10.4", "14.8", "12.8", "13.6", "18.7", "25.9"]
+    assert gap[4:11] == ["+18.2", "+34.6", "+25.2", "+22.2", "+16.4", "+6.3", "+19.1"]
+    names = [DATASETS["ade"].class_names[label] for label in get_task("ade", "50b").seen(2)]
+    put(tmp_path, "ade-50b", "a", 0, [X] + [0.5] * 50, classes=names)
+    assert "step 1 " in report(capsys, tmp_path / "results/ade-50b.csv")
+
+
+def test_the_paper_stands_beside_its_own_data_and_no_other(tmp_path, capsys):
+    put_15_5(tmp_path, "real", lists=(10582, 1449))
+    put_15_5(tmp_path, "toy")
+    put_15_5(tmp_path, "old file", lists=None)
+    put(tmp_path, "voc-15-5", "unfinished", 0, [0.5] * 16, lists=LISTS["voc"])
+    put_15_5(tmp_path, "own", method="none", lists=LISTS["voc"])
+    _, *table = rows(report(capsys, tmp_path / "results", "--format", "markdown"))
+    names = [row[0] for row in table]
+    assert names == ["old file", "real", "paper", "difference", "toy", "unfinished", "own"]
+    assert table[2][4:7] == ["71.8", "43.3", "64.7"]
+    assert table[3][4:7] == ["-11.8", "-13.3", "-11.0"]
+    assert table[2][7:] == ["", "", ""]
+
+
+def test_seeds_become_mean_and_deviation(tmp_path, capsys):
+    for seed, shift in ((1, 0.0), (2, 0.02), (3, 0.04)):
+        put_15_5(tmp_path, seed=seed, shift=shift)
+    text = report(capsys, tmp_path / "results")
+    line = next(line for line in text.splitlines() if line.startswith("MIB"))
+    assert "1 2 3" in line
+    assert "62.0 ± 2.0" in line  # divided by n - 1
+    assert "32.0 ± 2.0" in line
+    assert "20.0 ± 0.0" in line
+    text = report(capsys, tmp_path / "results", "--format", "csv")
+    tidy = list(csv.DictReader(io.StringIO(text)))
+    old = next(row for row in tidy if row["score"] == "old")
+    assert (float(old["mean"]), float(old["std"])) == pytest.approx((62, 2))
+    assert (old["seeds"], old["paper"], old["difference"]) == ("3", "", "")
+
+
+def test_one_seed_in_two_folders_is_two_rows(tmp_path, capsys):
+    put_15_5(tmp_path / "a")
+    put_15_5(tmp_path / "b", shift=0.1)
+    text = report(capsys, tmp_path / "a/results", tmp_path / "b/results", "--format", "markdown")
+    _, first, second = rows(text)
+    assert (first[0], first[4]) == (f"MIB ({tmp_path / 'a/results'})", "60.0")
+    assert (second[0], second[4]) == (f"MIB ({tmp_path / 'b/results'})", "70.0")
+
+
+def test_a_shared_step_0_is_found_and_named(tmp_path, capsys):
+    put(tmp_path, "voc-15-5", "base", 0, [0.9] + [0.8] * 15, method="none")
+    put(tmp_path, "voc-15-5", "FT", 1, [0.9] + [0.1] * 15 + [0.3] * 5, method="FT")
+    text = report(capsys, tmp_path / "results", "--format", "markdown")
+    row = next(row for row in rows(text) if row[0] == "FT*")
+    assert row[-2] == "70.0"
+    assert "* without a step 0 of its own, compared with that of base" in text
+    put(tmp_path, "voc-15-5", "FT", 1, [0.9] + [0.1] * 15 + [0.3] * 5, method="FT", seed=7)
+    text = report(capsys, tmp_path / "results", "--format", "csv")
+    assert "voc-15-5,FT,FT,2,1,forgetting,,,,\n" in text  # a step 0 of another seed is no base
+    put(tmp_path, "voc-15-5", "other", 0, [0.9] + [0.7] * 15, method="none")  # now it is a guess
+    text = report(capsys, tmp_path / "results", "--format", "markdown")
+    assert next(row for row in rows(text) if row[0] == "FT")[-2:] == ["-", "-"]
+
+
+def test_own_tasks_are_cut_as_their_rows_show(tmp_path, capsys):
+    classes = ["ground", "road", "car", "tree", "sign", "post"]
+    put(tmp_path, "folder-traffic", "a", 0, [0.5, 0.8, 0.6], classes=classes)
+    put(tmp_path, "folder-traffic", "a", 1, [0.5, 0.4, 0.2, 0.1, 0.2], classes=classes)
+    _, row = rows(report(capsys, tmp_path / "results", "--format", "markdown"))
+    assert row[3:7] == ["1/2", "30.0", "15.0", "22.5"]
+    put(tmp_path, "folder-3-2", "a", 1, [0.5, 0.4, 0.4, 0.4, 0.1, 0.1], classes=classes)
+    _, row = rows(report(capsys, tmp_path / "results/folder-3-2.csv", "--format", "markdown"))
+    assert row[3:6] == ["1/1", "40.0", "10.0"]
+
+
+def test_the_numbers_are_the_paper_s(shared):
+    theirs = json.loads((shared / "paper_results.json").read_text())
+    seen = 0
+    for dataset in ("voc", "ade"):
+        columns = theirs[dataset].pop("columns")
+        for method, settings in theirs[dataset].items():
+            for setting, values in settings.items():
+                task = setting.removesuffix("-ov")
+                titles = columns if dataset == "voc" else columns[task]
+                found = paper_scores(dataset, task, setting != task, method)
+                assert found == dict(zip(titles, values, strict=True))
+                seen += 1
+    assert seen == 9 * 6 + 6 * 3
+
+
+def test_which_of_the_paper_s_numbers_belong_to_a_run():
+    assert paper_scores("voc", "15-5s", True, "MIB") == {"old": 35.1, "new": 13.5, "all": 29.7}
+    assert paper_scores("ade", "50", True, "MIB")["all"] == 27.0
+    assert paper_scores("voc", "offline", False, "FT") == {"all": 77.4}
+    assert paper_scores("ade", "offline", False, "FT") == {"all": 38.9}
+    assert paper_scores("folder", "8-4", False, "FT") == {}
+    assert paper_scores("voc", "10-1", False, "MIB") == {}
+
+
+def test_the_plot_has_a_line_per_run(tmp_path, capsys):
+    put_15_5(tmp_path, "FT", shift=-0.3, method="FT")
+    put_15_5(tmp_path, "MIB")
+    for seed in (1, 2):
+        put_15_5(tmp_path, "LWF", method="LWF", seed=seed, shift=-0.1 * seed)
+    report(capsys, tmp_path / "results", "--plot", tmp_path / "plots/a.png")
+    image = Image.open(tmp_path / "plots/a.png")
+    assert image.width > 600
+    colors = {color for count, color in image.getcolors(2**24) if count > 150}  # type: ignore[union-attr]
+    assert {(0, 114, 178), (213, 94, 0), (0, 158, 115)} <= colors
+    report(capsys, tmp_path / "results/voc-15-5.csv", "--plot", tmp_path / "plots/a.png")
+
+
+def test_lines_of_one_name_are_told_apart(tmp_path):
+    put_15_5(tmp_path, "a", method="FT")
+    put_15_5(tmp_path, "a", method="MIB", seed=7)
+    put_15_5(tmp_path, "b")
+    (found,) = collect(find_files([tmp_path / "results"])).values()
+    assert list(lines_of(found)) == ["a (FT, 42)", "a (MIB, 7)", "b"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("gone", "no result file or folder"),
+        (".", "no per-class result file in"),
+        ("results/voc-15-5-agg.csv", "no per-class result file in"),
+        ("notes.csv", "notes.csv is not called <dataset>-<task>.csv"),
+        ("a-b.csv", "is not a result file"),
+    ],
+)
+def test_what_is_no_result_is_one_line(tmp_path, capsys, monkeypatch, path, message):
+    put_15_5(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("notes.csv", "a-b.csv"):
+        if path == name:
+            Path(name).write_text("a,b\n1,2\n")
+    assert main([path]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
