@@ -164,18 +164,25 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     """DistributedDataParallel where there are several processes, else the module itself.
 
     Buffers are not broadcast at every forward pass: training does not read them
-    (`broadcast_buffers` does it before they are).
+    (`broadcast_buffers` does it before they are). On the CPU, and on CUDA after `be_deterministic`,
+    a run that is interrupted and goes on sums its gradients in the order of one that is not.
     """
     if world_size() == 1:
         return module
     known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    buffers: dict[str, Any] = {name: False}  # torch 2.15 gave it another name
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    # After its first iteration DDP groups the gradients anew, by the order of their arrival, and
+    # three or more numbers have another sum in another place of a group. It does not where it
+    # looks for unused parameters, which costs a walk over the graph and, in vain, a warning.
+    exact = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+    fixed_groups = exact and world_size() > 2
+    # torch 2.15 gave the first one another name
+    settings: dict[str, Any] = {buffers: False, "find_unused_parameters": fixed_groups}
     return DistributedDataParallel(
         module,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **buffers,
+        **settings,
     )
 
 

@@ -37,7 +37,7 @@ def run_lock(path: Path, what: str) -> Iterator[None]:
 
 def _take(descriptor: int, path: Path, what: str) -> None:
     try:
-        # Not flock: data workers inherit that one and outlive a killed run by seconds.
+        # Not flock: a forked process that outlives the run would hold that one on.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):

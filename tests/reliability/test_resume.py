@@ -1,0 +1,138 @@
+"""A run that is killed again and again ends, bit by bit, like one that never was."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.reliability.harness import (
+    SETTING,
+    Fault,
+    Run,
+    checkpoint_path,
+    difference,
+    launch,
+    read,
+    rows,
+)
+
+EPOCHS = 3
+METHODS = {
+    "MIB": ["--method", "MIB"],
+    "RW": ["--method", "RW", "--reg_iterations", 2, "--reg_importance", 0.1],
+    "EWC": ["--method", "EWC", "--reg_importance", 1e-3],
+    "PI": ["--method", "PI", "--reg_importance", 1e-3],
+}
+
+
+def kill(place: str, count: int, **more: int) -> Fault:
+    return {"at": place, "count": count, "signal": "KILL", **more}
+
+
+# One after the other in one run; places count from each restart. An epoch has 7 iterations and 4
+# evaluation batches in the first process.
+KILLS = [
+    kill("iteration", 3),  # before the first checkpoint
+    kill("checkpoint", 1, bytes=20_000),  # in the middle of the first checkpoint
+    kill("evaluation", 2),  # in the first validation
+    kill("iteration", 10),  # in the middle of the second epoch
+    kill("checkpoint", 1, bytes=0),  # at the first byte of the second checkpoint
+    kill("rename", 1),  # the second checkpoint just took its place
+    kill("evaluation", 6),  # in the final test
+    kill("results", 2, bytes=10),  # one result file is there, the other half written
+]
+
+
+def learn(folder: Path, toy: Path, method: str, world: int, *flags: object, **settings) -> Run:
+    return launch(
+        folder, "--data_root", toy, "--step", 1, *METHODS[method], "--epochs", EPOCHS,
+        "--batch_size", max(1, 2 // world), *flags, world=world, **settings,
+    )  # fmt: skip
+
+
+def check_same(folder: Path, reference: Path) -> None:
+    assert not difference(read(folder, 1), read(reference, 1))
+    assert rows(folder) == rows(reference)
+
+
+def check_curves(folder: Path, reference: Path) -> None:
+    """No point is missing and none is there twice; every stop may add one of its own."""
+    assert set(points(folder)) >= set(points(reference))
+    assert max(points(folder).values()) == 1
+
+
+def points(folder: Path) -> Counter[tuple[str, int]]:
+    """How often TensorBoard shows each point (tag, iteration) of training and validation."""
+    logs = EventAccumulator(str(folder / "logs" / SETTING / "r" / "step-1")).Reload()
+    tags = [tag for tag in logs.Tags()["scalars"] if not tag.startswith("test/")]
+    return Counter((tag, point.step) for tag in tags for point in logs.Scalars(tag))
+
+
+@pytest.mark.parametrize(
+    ("method", "world"),
+    [
+        ("MIB", 1), ("RW", 2),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in product(METHODS, (1, 2))
+          if case not in (("MIB", 1), ("RW", 2))),
+    ],
+)  # fmt: skip
+def test_killed_everywhere(fresh, toy, method, world):
+    """Each life of the run ends with SIGKILL somewhere else; worker counts differ, too."""
+    reference, folder = fresh("reference"), fresh("killed")
+    assert learn(reference, toy, method, world).wait().status == [0] * world
+    for life, fault in enumerate(KILLS):
+        # With several processes now one, now the other is hit; writes happen in the first.
+        writes = fault["at"] in ("checkpoint", "rename", "results")
+        fault = fault if writes or world == 1 else {**fault, "rank": life % world}
+        workers = {3: 1, 6: 2}.get(life, 0)
+        running = learn(folder, toy, method, world, "--continue_ckpt", "--num_workers", workers,
+                        faults=[fault])  # fmt: skip
+        first = min(fault.get("rank", 0), world - 1)
+        running.processes[first].join(100)
+        running.kill()  # what a launcher does with the others
+        assert running.wait().status[first] == -9, (fault, running.output)
+    done = learn(folder, toy, method, world, "--continue_ckpt").wait()
+    assert done.status == [0] * world, done.output
+    check_same(folder, reference)
+    check_curves(folder, reference)
+
+
+def test_three_processes(fresh, toy):
+    """Three gradients have another sum in another order, and DDP likes to change it on the way."""
+    reference, folder = fresh("reference"), fresh("killed")
+    flags = ["--batch_size", 1, "--epochs", 2]
+    assert learn(reference, toy, "MIB", 3, *flags).wait().status == [0] * 3
+    running = learn(folder, toy, "MIB", 3, *flags, faults=[kill("iteration", 6, rank=2)])
+    running.processes[2].join(100)
+    running.kill()
+    running.wait()
+    done = learn(folder, toy, "MIB", 3, *flags, "--continue_ckpt").wait()
+    assert done.status == [0] * 3, done.output
+    assert "going on from" in done.output
+    check_same(folder, reference)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("method", "world"), [("MIB", 1), ("RW", 2)])
+def test_killed_at_random_moments(fresh, toy, method, world):
+    """Whatever the program is doing: forty kills at random times."""
+    reference, folder = fresh("reference"), fresh("killed")
+    assert learn(reference, toy, method, world, "--num_workers", 1).wait().status == [0] * world
+    rng = random.Random(world)
+    finished = 0
+    for life in range(40):
+        running = learn(folder, toy, method, world, "--continue_ckpt", "--num_workers", life % 3)
+        time.sleep(rng.uniform(0.1, 2.5) * world)
+        running.kill()
+        finished += running.wait().status == [0] * world
+        if finished and life % 6 == 0:
+            checkpoint_path(folder, 1).unlink()  # so that later kills find something to do
+    done = learn(folder, toy, method, world, "--continue_ckpt").wait()
+    assert done.status == [0] * world, done.output
+    check_same(folder, reference)

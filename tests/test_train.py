@@ -1,0 +1,81 @@
+"""One iteration: order of the parts, what is left out, what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from train import Learner, Losses, Precision, TermLog
+from utils.errors import UserError
+from utils.regularizer import make_regularizers
+from utils.scheduler import poly
+
+
+class Quadratic:
+    """An objective without images: total = sum of (w - 1)^2 / 2, so that its gradient is w - 1."""
+
+    def __init__(self, model: nn.Module, factor: float = 1.0) -> None:
+        self.model, self.factor = model, factor
+
+    def __call__(self, images, labels) -> Losses:
+        total = self.factor * (self.model.weight - 1).square().sum() / 2
+        return Losses(total, {"ce": total.detach()}, images)
+
+
+def learner_of(student: nn.Module, teacher: nn.Module, stored: dict) -> Learner:
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    regularizers = make_regularizers(
+        "ewc", student, teacher, {"ewc": stored}, normalize=False, alpha=0.9, interval=1
+    )
+    precision = Precision(torch.device("cpu"))
+    return Learner(student, optimizer, poly(optimizer, 10), precision, regularizers, 3.0)
+
+
+@pytest.fixture
+def parts():
+    """Student, teacher and the Fisher stored with the teacher; the student has moved since."""
+    teacher = nn.Linear(3, 1, bias=False).double()
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        teacher.weight.copy_(torch.tensor([[0.0, 2.0, -1.0]]))
+        student.weight.copy_(torch.tensor([[0.5, 2.5, -1.0]]))
+    fisher = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+    return student, teacher, {"fisher": {"weight": fisher}}
+
+
+def test_the_fisher_sees_the_gradient_of_the_data_alone(parts):
+    """SPEC section 8: update, then the penalty's gradient, then the optimizer."""
+    student, teacher, stored = parts
+    before = student.weight.detach().clone()
+    learner = learner_of(student, teacher, stored)
+    terms = learner.step(Quadratic(student), torch.zeros(1), torch.zeros(1))
+    data = before - 1
+    fisher = stored["fisher"]["weight"]
+    exported = learner.regularizer.export()["ewc"]["fisher"]["weight"]
+    assert torch.allclose(exported, 0.9 * data**2 + 0.1 * fisher)
+    penalty = 3.0 * (fisher * (before - teacher.weight) ** 2).sum()
+    assert torch.allclose(terms["reg"], penalty)
+    gradient = data + 3.0 * 2 * fisher * (before - teacher.weight)
+    assert torch.allclose(student.weight, before - 0.1 * (gradient + 0.9 * gradient))
+
+
+def test_an_overflow_is_left_out_of_the_update(parts):
+    student, teacher, stored = parts
+    learner = learner_of(student, teacher, stored)
+    learner.step(Quadratic(student, float("inf")), torch.zeros(1), torch.zeros(1))
+    exported = learner.regularizer.export()["ewc"]["fisher"]["weight"]
+    assert torch.equal(exported, stored["fisher"]["weight"])
+
+
+def test_terms_are_averaged_and_a_bad_one_is_named():
+    log = TermLog(epoch=2, first=10)
+    for value in (1.0, 3.0):
+        log.add({"ce": torch.tensor(value), "kd": torch.tensor(2 * value)})
+    assert log.drain() == {"ce": 2.0, "kd": 4.0}
+    log.add({"ce": torch.tensor(1.0), "kd": torch.tensor(1.0)})
+    log.add({"ce": torch.tensor(1.0), "kd": torch.tensor(float("nan"))})
+    with pytest.raises(UserError, match=r"'kd' is nan in epoch 3, iteration 14"):
+        log.drain()
