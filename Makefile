@@ -9,24 +9,25 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 # A .venv made by another interpreter than a PYTHON given by hand is made anew.
+VERSION = -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
 ifneq ($(origin PYTHON),file)
-  WANTED := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
-  PRESENT := $(shell test -x $(BIN)/python && $(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
-  ifneq ($(PRESENT),$(WANTED))
-    $(shell rm -rf $(VENV))
+  ifneq ($(shell $(PYTHON) $(VERSION)),$(shell test -x $(BIN)/python && $(BIN)/python $(VERSION)))
+    STALE := stale
   endif
 endif
 
-.PHONY: setup demo test test-long lint types bench compare iabn check-weights clean
+.PHONY: stale setup demo test test-long lint types bench compare iabn check-weights clean
 
 setup: $(VENV)/.installed
 
-$(BIN)/python:
+stale:
+
+$(BIN)/python: $(STALE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "error: $(PYTHON) is missing or older than 3.10: make $(MAKECMDGOALS) PYTHON=python3.x" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 
-$(VENV)/.installed: requirements.txt | $(BIN)/python
+$(VENV)/.installed: requirements.txt $(STALE) | $(BIN)/python
 	$(PIP) -r requirements.txt
 	@touch $@
 

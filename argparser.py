@@ -195,7 +195,7 @@ def _add_evaluation(group: argparse._ArgumentGroup) -> None:
     add("--crop_val", action=Switch, default=True, help="validate and test on centre crops")
     add("--tta", action="store_true",
         help="test once more, averaged over three scales and mirrored images")  # fmt: skip
-    add("--val_on_trainset", action="store_true", help="validate on the step's training list")
+    add("--val_on_trainset", action="store_true", help="validate and test on the whole train list")
     add("--cross_val", action="store_true", help="validate on a held-out fifth of the train list")
     add("--mask", action=Switch, default=True,
         help="old classes become background in training (--no_mask keeps them)")  # fmt: skip
@@ -230,10 +230,15 @@ def parse(argv: Sequence[str]) -> list[Plan]:
     bare = argparse.Namespace(**dict.fromkeys(vars(typed)))
     given = {k for k, v in vars(parser.parse_args(list(argv), bare)).items() if v is not None}
     task = get_spec(typed.dataset, typed.data_root).task(typed.task)
-    plans = []
-    for step in step_numbers(typed.step, task):
+    plans: list[Plan] = []
+    steps = step_numbers(typed.step, task)
+    if typed.ckpt and len(steps) > 1:
+        raise UserError("--ckpt is one file and --step names several steps: name one step")
+    for step in steps:
         opts = argparse.Namespace(**vars(typed))
         opts.step = step
+        if step > steps[0]:
+            opts.step_ckpt = None  # the step before is this command's own
         plans.append(Plan(opts, resolve(opts, given, task)))
         if opts.base and step == 0 and not opts.test:
             # Learned as a run of its own; then tested as this run's step 0, for its table.
@@ -301,7 +306,7 @@ def _follow_recipe(opts: argparse.Namespace, given: set[str]) -> list[str]:
             f"--recipe paper trains on {PAPER_BATCH} images at a time, which {world} processes "
             "cannot share: start another number, or give --batch_size"
         )
-    recipe = {
+    recipe: dict[str, Any] = {
         "batch_size": PAPER_BATCH // world, "lr": (0.01, 0.001), "crop_size": 512,
         "epochs": 60 if opts.dataset == "ade" else 30,
     }  # fmt: skip
@@ -311,8 +316,11 @@ def _follow_recipe(opts: argparse.Namespace, given: set[str]) -> list[str]:
     total = opts.batch_size * world
     if total == PAPER_BATCH:
         return []
-    rates = opts.lr if isinstance(opts.lr, tuple) else (opts.lr,)
-    scaled = ",".join(f"{lr * total / PAPER_BATCH:g}" for lr in rates)
+    rates = opts.lr if isinstance(opts.lr, tuple) else (opts.lr,) * 2
+    linear = tuple(lr * total / PAPER_BATCH for lr in recipe["lr"])
+    if all(math.isclose(a, b) for a, b in zip(rates, linear, strict=True)):
+        return []
+    scaled = ",".join(f"{lr:g}" for lr in linear)
     return [f"{total} images per iteration, not {PAPER_BATCH}: the linear rule gives --lr {scaled}"]
 
 
@@ -334,6 +342,7 @@ def _reject_conflicts(opts: argparse.Namespace) -> None:
         (opts.val_on_trainset and opts.cross_val,
          "--val_on_trainset and --cross_val exclude each other"),
         (opts.test and opts.continue_ckpt, "--test and --continue_ckpt exclude each other"),
+        (opts.restart and opts.continue_ckpt, "--restart and --continue_ckpt exclude each other"),
         (opts.ckpt and not (opts.test or opts.continue_ckpt),
          "--ckpt is read by --test or --continue_ckpt; to start a step from it use --step_ckpt"),
         (opts.step > 0 and "," in (opts.regularizer or ""),

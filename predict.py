@@ -160,7 +160,8 @@ def describe(
     if "options" in content and "steps" in content:
         if given:
             raise UserError(f"{opts.ckpt} knows what it is: drop --{', --'.join(given)}")
-        return content["options"], content["steps"]
+        defaults = vars(argparser.parse([])[0].opts)  # a file of an older program lacks flags
+        return defaults | content["options"], content["steps"]
     if missing := [flag for flag in SAYS_OF_ITSELF if flag not in given]:
         raise UserError(
             f"{opts.ckpt} does not say what it is (a checkpoint of the reference?): "

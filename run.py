@@ -270,7 +270,9 @@ def build_models(
         teacher = new_model(context, task.classes_per_step(opts.step - 1))
         path, cure = previous_checkpoint(opts)
         previous = checkpoint.load(path, cure)
-        checkpoint.check_fits(previous, path, opts, task.steps[: opts.step], opts.step - 1)
+        checkpoint.check_fits(
+            previous, path, opts, task.steps[: opts.step], context.spec.class_names
+        )
         if not previous.get("finished", True) and not opts.step_ckpt:
             raise UserError(
                 f"{path} is of an unfinished run: finish it with --continue_ckpt, or pass the file "
@@ -311,11 +313,13 @@ def build_tested_model(context: Context) -> tuple[IncrementalSegmentationModule,
         path = base_checkpoint(opts)
     cure = "train the step first, or name a checkpoint with --ckpt"
     content = checkpoint.load(path, cure)
-    checkpoint.check_fits(content, path, opts, task.steps[: opts.step + 1], opts.step)
+    steps = task.steps[: opts.step + 1]
+    checkpoint.check_fits(content, path, opts, steps, context.spec.class_names)
     if not content.get("finished", True):
         log.warning("%s is of an unfinished run, epoch %d", path, content["epoch"])
     model = new_model(context, task.classes_per_step(opts.step))
     load_state(model, content["model_state"], f"checkpoint {path}", cure)
+    opts.bce = content.get("options", {}).get("bce", opts.bce)  # how --tta reads the logits
     return model, content.get("total_iterations", 0)
 
 
@@ -358,10 +362,22 @@ def base_checkpoint(opts: Namespace) -> Path:
         return own
     classes = [list(get_spec(opts.dataset, opts.data_root).task(opts.task).steps[0])]
     for path in sorted(own.parent.parent.glob(f"{opts.dataset}-*/{own.name}")):
-        same_setting = path.parent.name.endswith("-ov") == opts.overlap
-        if same_setting and checkpoint.load(path, "move it away").get("steps") == classes:
-            return path
+        if path.parent.name.endswith("-ov") == opts.overlap:
+            content = checkpoint.load(path, "move it away")
+            if content.get("steps") == classes and content.get("finished"):
+                return path
     return own
+
+
+def check_base(opts: Namespace, path: Path) -> None:
+    """UserError where the shared step 0 at `path` is not what this run would have learned."""
+    theirs = checkpoint.load(path, "move it away").get("options", {})
+    for flag in ("random_seed", "bce", "backbone"):
+        if flag in theirs and theirs[flag] != getattr(opts, flag):
+            raise UserError(
+                f"{path} was learned with --{flag} {theirs[flag]}, this run has "
+                f"{getattr(opts, flag)}: give --base another name"
+            )
 
 
 def is_finished(opts: Namespace) -> bool:
@@ -370,19 +386,27 @@ def is_finished(opts: Namespace) -> bool:
         return False
     if opts.base and opts.step == 0:
         path = base_checkpoint(opts)
-        return path.exists() and checkpoint.load(path, "move it away").get("finished", True)
+        if path.exists():
+            check_base(opts, path)
+        return is_whole(path)
     _, means = result_files(Path(opts.logdir), setting(opts))
     rows = read_results(means) if means.exists() else []
     key = asdict(result_key(opts))
-    return own_checkpoint(opts).exists() and any(key.items() <= row.items() for row in rows)
+    return any(key.items() <= row.items() for row in rows) and is_whole(own_checkpoint(opts))
 
 
-def load_resumed(opts: Namespace, task: Task) -> dict[str, Any] | None:
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is there and of a finished step."""
+    return path.exists() and checkpoint.load(path, "move it away").get("finished", True)
+
+
+def load_resumed(context: Context) -> dict[str, Any] | None:
     """The checkpoint to go on from under `--continue_ckpt`; None to start at the beginning.
 
     A run that was stopped before its first checkpoint has none and starts over, so a scheduler may
     always pass `--continue_ckpt`.
     """
+    opts = context.opts
     if not opts.continue_ckpt:
         return None
     path = Path(opts.ckpt) if opts.ckpt else own_checkpoint(opts)
@@ -391,9 +415,10 @@ def load_resumed(opts: Namespace, task: Task) -> dict[str, Any] | None:
         return None
     cure = "check --ckpt, or start over without --continue_ckpt"
     content = checkpoint.load(path, cure)
-    checkpoint.check_fits(content, path, opts, task.steps[: opts.step + 1], opts.step)
+    steps = context.task.steps[: opts.step + 1]
+    checkpoint.check_fits(content, path, opts, steps, context.spec.class_names)
     checkpoint.check_complete(content, path, cure)
-    checkpoint.warn_of_changed_flags(content, path, vars(opts))
+    checkpoint.check_flags(content, path, vars(opts))
     log.info("going on from %s, epoch %d, iteration %d", path,
              content["epoch"] + 1, content["iteration"])  # fmt: skip
     return content
@@ -504,7 +529,7 @@ def build_learner(
 def prepare(context: Context, data: StepDatasets) -> Training:
     """Models, optimizer and data order: at the step's beginning, or where a checkpoint stood."""
     opts = context.opts
-    resumed = load_resumed(opts, context.task)
+    resumed = load_resumed(context)
     batches = TrainBatchSampler(
         len(data.train), opts.batch_size, seed=opts.random_seed,
         rank=distributed.rank(), world=distributed.world_size(),

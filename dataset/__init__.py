@@ -68,7 +68,8 @@ def build_datasets(
     `masking` False keeps old labels in training; without `crop_val` validation and test see whole
     images of differing sizes, so batches of one. Validation uses the val list, with
     `val_on_trainset` the whole train list, with `cross_val` a fifth of the step's training images,
-    which training then goes without. The test always uses the val list. A missing split list is
+    which training then goes without. The test uses the val list, too, or with `val_on_trainset`
+    the train list. A missing split list is
     computed and stored under `workdir`: with several processes, call this in one of them first.
 
     Raises:
@@ -85,14 +86,11 @@ def build_datasets(
     train_indices = training_indices(spec, data_root, task, step, overlap, workdir)
     eval_labels = label_map(spec, task, step, train=False)
     evaluation = eval_labels, EvalTransform(crop_size if crop_val else None), seed
-    test = IncrementalSegmentation(spec, val_samples, np.arange(len(val_samples)), *evaluation)
-    val = test
+    seen = train_samples if val_on_trainset else val_samples
+    test = val = IncrementalSegmentation(spec, seen, np.arange(len(seen)), *evaluation)
     if cross_val:
         train_indices, held_out = hold_out(train_indices, seed)
         val = IncrementalSegmentation(spec, train_samples, held_out, *evaluation)
-    elif val_on_trainset:
-        everything = np.arange(len(train_samples))
-        val = IncrementalSegmentation(spec, train_samples, everything, *evaluation)
     labels = label_map(spec, task, step, train=True, masking=masking)
     transform = TrainTransform(crop_size)
     train = IncrementalSegmentation(spec, train_samples, train_indices, labels, transform, seed)

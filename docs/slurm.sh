@@ -3,14 +3,15 @@
 #
 #     sbatch docs/slurm.sh --dataset voc --task 15-5 --overlap --step all --method MIB --name MIB --recipe paper
 #
-# One launcher per node; Slurm restarts an interrupted job, which goes on from its checkpoint.
+# One launcher per node. Five minutes before the time limit the run writes a checkpoint and the job
+# puts itself back into the queue; then, and after a lost node, it goes on from its checkpoint.
 #SBATCH --job-name=mib
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=16
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@300
+#SBATCH --signal=B:TERM@300
 #SBATCH --requeue
 set -euo pipefail
 
@@ -21,8 +22,18 @@ export PROCESSES=${PROCESSES:-4} # per node: one for each GPU
 export PYTHON=${PYTHON:-.venv/bin/python}
 
 # shellcheck disable=SC2016  # the variables of each node are meant, not those here
-exec srun bash -c '
+srun bash -c '
     exec "$PYTHON" -m torch.distributed.run \
         --nnodes="$SLURM_NNODES" --node_rank="$SLURM_NODEID" --nproc_per_node="$PROCESSES" \
         --master_addr="$MASTER_ADDR" --master_port="$MASTER_PORT" \
-        run.py --continue_ckpt "$@"' run "$@"
+        run.py --continue_ckpt "$@"' run "$@" &
+launchers=$!
+
+requeue() {
+    kill -TERM "$launchers" # srun passes it on
+    wait "$launchers" || true
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+}
+trap requeue TERM
+wait "$launchers"

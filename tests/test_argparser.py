@@ -113,6 +113,8 @@ def test_idle_distillation_at_step_0_is_logged():
 def test_icarl_flags_stand_on_their_own():
     opts, notes = parse(["--icarl_bkg", "--step", "1"])
     assert list(pixel_terms(opts, 20)) == ["icarl"]
+    both, _ = parse(["--icarl_disjoint", "--loss_kd", "10", "--step", "1"])
+    assert list(pixel_terms(both, 20)) == ["icarl", "kd"]
     assert opts.icarl_disjoint
     assert opts.bce
     assert len(notes) == 3
@@ -147,6 +149,13 @@ def test_the_papers_recipe_fills_what_is_not_set(monkeypatch):
     (own,) = parse_all(["--recipe", "paper", "--batch_size", "6", "--epochs", "5"])
     assert (own.opts.batch_size, own.opts.epochs) == (6, 5)
     assert own.notes == ["12 images per iteration, not 24: the linear rule gives --lr 0.005,0.0005"]
+    scaled = ["--recipe", "paper", "--batch_size", "6", "--lr", "0.005,0.0005"]
+    assert parse_all(scaled)[0].notes == []
+
+
+def test_step_ckpt_is_for_the_first_step_alone():
+    plans = parse_all(["--task", "15-5s", "--step", "1-3", "--step_ckpt", "x.pth"])
+    assert [p.opts.step_ckpt for p in plans] == ["x.pth", None, None]
 
 
 def test_the_recipe_needs_a_divisor_of_24(monkeypatch):
@@ -166,6 +175,8 @@ def test_a_shared_step_0_is_learned_under_its_own_name():
     ("argv", "words"),
     [
         (["--step", "3-1"], "--step"),
+        (["--step", "0-1", "--test", "--ckpt", "x.pth"], "--ckpt"),
+        (["--restart", "--continue_ckpt"], "--restart"),
         (["--step", "0,x"], "--step"),
         (["--lr", "0.1,0"], "--lr"),
         (["--epochs", "1,2,3"], "--epochs"),

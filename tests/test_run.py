@@ -126,6 +126,40 @@ def test_next_step_starts_from_the_one_before(work, toy, capsys):
     assert 0 < difference.abs().max() < 0.5
 
 
+def test_a_whole_task_shares_step_0_and_skips_what_is_finished(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    task = ["--task", "15-5", "--step", "all", "--base", "b"]
+    assert start(toy, *task, "--name", "m", "--method", "MIB") == 0
+    assert start(toy, *task, "--name", "f", "--method", "FT") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("step 0 of b is finished: skipped") == 1
+    rows = read_results(tmp_path / "logs" / "results" / f"{SETTING}-agg.csv")
+    assert [(r["name"], r["step"]) for r in rows] == [
+        ("b", 0), ("m", 0), ("m", 1), ("f", 0), ("f", 1),
+    ]  # fmt: skip
+    assert len({r["all"] for r in rows if r["step"] == 0}) == 1
+    assert checkpoint_file(tmp_path, "m", 1).with_suffix(".png").is_file()
+
+    stamp = checkpoint_file(tmp_path, "m", 1).stat().st_mtime_ns
+    assert start(toy, *task, "--name", "m", "--method", "MIB") == 0
+    assert "step 1 of m is finished: skipped" in capsys.readouterr().out
+    assert checkpoint_file(tmp_path, "m", 1).stat().st_mtime_ns == stamp
+    assert "--random_seed" in fails(capsys, toy, *task, "--name", "s", "--random_seed", "5")
+
+    content = torch.load(checkpoint_file(tmp_path, "m", 1), weights_only=True)
+    torch.save({**content, "finished": False}, checkpoint_file(tmp_path, "m", 1))
+    assert start(toy, *task, "--name", "m", "--method", "MIB") == 0  # its row is of an older run
+    assert torch.load(checkpoint_file(tmp_path, "m", 1), weights_only=True)["finished"]
+
+
+@pytest.mark.parametrize("flags", [("--method", "FT"), ("--method", "MIB", "--random_seed", "7")])
+def test_a_run_does_not_go_on_with_the_checkpoint_of_another(work, toy, capsys, flags):
+    before = checkpoint_file(work, "a", 0).read_bytes()
+    line = fails(capsys, toy, "--name", "a", "--continue_ckpt", *flags)
+    assert "--name" in line
+    assert checkpoint_file(work, "a", 0).read_bytes() == before
+
+
 def test_step_ckpt_and_ckpt_name_other_files(work, toy, capsys):
     elsewhere = work / "elsewhere.pth"
     checkpoint_file(work, "a", 0).rename(elsewhere)
@@ -231,6 +265,8 @@ class TestBadInput:
             (["--test", "--ckpt", "missing.pth"], "missing.pth"),
             (["--step", "1", "--name", "a", "--task", "10-5", "--step_ckpt", "CKPT"], "task 15-5"),
             (["--step", "1", "--name", "a", "--backbone", "resnet34"], "backbone"),
+            (["--step", "1", "--name", "a", "--norm_act", "abn"], "norm_act"),
+            (["--test", "--name", "a", "--output_stride", "8"], "output_stride"),
             (["--test", "--step", "1", "--ckpt", "CKPT"], "step 0"),
             (["--pretrained"], "pretrained/README.md"),
             (["--batch_size", "400"], "--batch_size"),

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.methods import FLAGS as METHOD_FLAGS
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,12 @@ FREE_FLAGS = {
     "name", "data_root", "num_workers", "local_rank", "logdir", "ckpt", "continue_ckpt", "test",
     "print_interval", "sample_num", "visualize", "debug", "val_interval", "ckpt_interval",
     "wandb", "wandb_project", "wandb_entity", "step_ckpt", "pretrained", "batch_size",
+    "restart", "recipe", "base", "tta", "deterministic",
+}  # fmt: skip
+# Flags that say which run it is: with another value it is a run of its own.
+IDENTITY_FLAGS = {
+    "method", "random_seed", "overlap", "mask", "alpha", "icarl_disjoint", "icarl_bkg",
+    "reg_alpha", "reg_iterations", "reg_no_normalize", *METHOD_FLAGS,
 }  # fmt: skip
 
 
@@ -106,13 +113,20 @@ def check_complete(content: Mapping[str, Any], path: Path, cure: str) -> None:
         raise UserError(f"{path} holds no {missing[0]!r} and cannot be resumed: {cure}")
 
 
-def warn_of_changed_flags(
-    content: Mapping[str, Any], path: Path, options: Mapping[str, Any]
-) -> None:
-    """Log the flags that make a resumed run differ from the one that wrote the checkpoint."""
+def check_flags(content: Mapping[str, Any], path: Path, options: Mapping[str, Any]) -> None:
+    """Compare the flags of a resumed run with those that the checkpoint was written with.
+
+    UserError where they make it another run (method, seed, terms); a warning in the log where they
+    make it compute something else from here on.
+    """
     theirs = content["options"]
     for name in sorted(options.keys() & theirs.keys() - FREE_FLAGS):
         if options[name] != theirs[name]:
+            if name in IDENTITY_FLAGS:
+                raise UserError(
+                    f"{path} is of a run with --{name} {theirs[name]}, this one has "
+                    f"{options[name]}: give this run another --name, or leave out --continue_ckpt"
+                )
             log.warning("%s was written with --%s %s, going on with %s",
                         path, name, theirs[name], options[name])  # fmt: skip
 
@@ -134,11 +148,12 @@ def check_fits(
     path: Path,
     opts: Any,
     steps: Sequence[Sequence[int]],
-    step: int,
+    class_names: Sequence[str],
 ) -> None:
-    """UserError unless a checkpoint is of this dataset, task, step and backbone.
+    """UserError unless a checkpoint is of this dataset, task, step and network.
 
-    `steps` are the labels of steps 0 .. step. Two tasks that agree up to there may share the file
+    `steps` are the labels of the steps up to that of the checkpoint, `class_names` the names of the
+    dataset by label. Two tasks that agree up to there may share the file
     (15-5 and 15-5s share their step 0). The reference's checkpoints say nothing about themselves;
     for them the shapes of the weights must do.
     """
@@ -148,8 +163,11 @@ def check_fits(
     stored = [list(labels) for labels in content["steps"]]
     wrong = (
         ("dataset", theirs["dataset"], opts.dataset),
-        ("step", len(stored) - 1, step),
+        ("step", len(stored) - 1, len(steps) - 1),
         ("backbone", theirs["backbone"], opts.backbone),
+        ("output_stride", theirs.get("output_stride", opts.output_stride), opts.output_stride),
+        # In-place norms take |w| + eps for w: the same weights are another network.
+        ("norm_act", _family(theirs.get("norm_act", opts.norm_act)), _family(opts.norm_act)),
         ("task", theirs["task"] if stored != [list(s) for s in steps] else opts.task, opts.task),
     )
     for what, found, wanted in wrong:
@@ -158,6 +176,13 @@ def check_fits(
                 f"{path} is of {what} {found}, but {what} {wanted} is asked for: name another "
                 f"checkpoint or the {what} it was trained with"
             )
+    if list(content.get("class_names", class_names)) != list(class_names):
+        raise UserError(f"{path} is of other classes than this dataset's: name another checkpoint")
+
+
+def _family(norm: str) -> str:
+    """iabn or abn: what the same weights mean does not depend on synchronisation."""
+    return "iabn" if norm.startswith("iabn") else "abn"
 
 
 def load_file(path: Path) -> dict[str, Any]:

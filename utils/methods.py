@@ -7,7 +7,7 @@ A ninth method that recombines existing terms is one more row. A new term is one
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from utils import loss
@@ -37,10 +37,7 @@ class Method:
         return row | dict(self.per_task.get(task, {}))
 
 
-FLAGS = (
-    "bce", "unce", "loss_kd", "unkd", "loss_de", "icarl", "icarl_importance",
-    "regularizer", "reg_importance", "init_balanced",
-)  # fmt: skip
+FLAGS = tuple(f.name for f in fields(Method) if f.name not in ("paper", "per_task"))
 
 METHODS: dict[str, Method] = {
     "FT": Method("fine-tuning, the lower bound"),
@@ -79,10 +76,10 @@ def pixel_terms(opts: Any, old_classes: int | None) -> dict[str, WeightedTerm]:
     where distillation does not exist and unbiased CE is CE. The first term classifies.
     """
     incremental = old_classes is not None
-    if opts.icarl_disjoint and incremental:
-        return {"icarl": WeightedTerm(loss.IcarlDisjoint(opts.icarl_bkg), 1.0)}
     terms: dict[str, WeightedTerm] = {}
-    if opts.bce:
+    if opts.icarl_disjoint and incremental:
+        terms["icarl"] = WeightedTerm(loss.IcarlDisjoint(opts.icarl_bkg), 1.0)
+    elif opts.bce:
         terms["bce"] = WeightedTerm(loss.binary_cross_entropy, 1.0)
     elif opts.unce and old_classes is not None:
         terms["unce"] = WeightedTerm(loss.UnbiasedCrossEntropy(old_classes), 1.0)
@@ -95,6 +92,6 @@ def pixel_terms(opts: Any, old_classes: int | None) -> dict[str, WeightedTerm]:
             else ("kd", loss.KnowledgeDistillation)
         )
         terms[name] = WeightedTerm(kind(opts.alpha), opts.loss_kd)
-    if opts.icarl and incremental:
+    if opts.icarl and not opts.icarl_disjoint and incremental:
         terms["icarl"] = WeightedTerm(loss.icarl_combined, opts.icarl_importance)
     return terms

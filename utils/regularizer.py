@@ -122,7 +122,9 @@ class Regularizer(ABC):
         """Take over the running state of the same step; UserError where it does not fit."""
         for name in self.tensors:
             own, stored = getattr(self, name), state.get(name)
-            if not isinstance(stored, Mapping) or not all(
+            # Snapshots begin with the first update; the others have every parameter.
+            whole = name == "snapshot" or set(own) == set(stored or ())
+            if not isinstance(stored, Mapping) or not whole or not all(
                 k in self.parameters and v.shape == self.parameters[k].shape
                 for k, v in stored.items()
             ):

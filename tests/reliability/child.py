@@ -165,6 +165,8 @@ def record_confusion(path: str) -> None:
 
 def main(faults: Sequence[Fault], argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
+    # A background job of a shell without job control is born deaf to Ctrl-C; these tests are not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     shrink()
     for fault in faults:
         arm(fault)
