@@ -245,9 +245,14 @@ def test_a_reference_checkpoint_is_tested_and_continued(work, toy):
     assert start(toy, "--name", "r", "--step", "1", "--step_ckpt", "theirs.pth") == 0
 
 
-def test_wandb_offline_run(work, toy, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert start(toy, "--name", "w", "--wandb") == 0
+def test_wandb_offline_run(work, toy):
+    """In a process of its own: wandb reads its settings once."""
+    command = [sys.executable, str(ROOT / "run.py"), "--data_root", str(toy), *SMALL]
+    environment = os.environ | {"WANDB_MODE": "offline"}
+    subprocess.run(
+        [*command, "--name", "w", "--wandb"], cwd=work, env=environment, check=True,
+        capture_output=True,
+    )  # fmt: skip
     assert list((work / "logs" / SETTING / "w" / "step-0" / "wandb").glob("offline-run-*/*.wandb"))
 
 
