@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,8 @@ def difference(a: Any, b: Any, name: str = "") -> str:
 def descendants(pid: int) -> set[int]:
     """Living children of a process, and theirs."""
     found: set[int] = set()
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for number in task.read_text().split():
-            found |= {int(number)} | descendants(int(number))
+    with suppress(FileNotFoundError, ProcessLookupError):  # it may end while it is looked at
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            for number in task.read_text().split():
+                found |= {int(number)} | descendants(int(number))
     return found
