@@ -369,9 +369,9 @@ def base_checkpoint(opts: Namespace) -> Path:
     return own
 
 
-def check_base(opts: Namespace, path: Path) -> None:
-    """UserError where the shared step 0 at `path` is not what this run would have learned."""
-    theirs = checkpoint.load(path, "move it away").get("options", {})
+def check_base(opts: Namespace, path: Path, content: dict[str, Any]) -> None:
+    """UserError where the shared step 0 read from `path` is not what this run would learn."""
+    theirs = content.get("options", {})
     for flag in ("random_seed", "bce", "backbone"):
         if flag in theirs and theirs[flag] != getattr(opts, flag):
             raise UserError(
@@ -386,18 +386,18 @@ def is_finished(opts: Namespace) -> bool:
         return False
     if opts.base and opts.step == 0:
         path = base_checkpoint(opts)
-        if path.exists():
-            check_base(opts, path)
-        return is_whole(path)
+        if not path.exists():
+            return False
+        content = checkpoint.load(path, "move it away")
+        check_base(opts, path, content)
+        return content.get("finished", True)
     _, means = result_files(Path(opts.logdir), setting(opts))
     rows = read_results(means) if means.exists() else []
     key = asdict(result_key(opts))
-    return any(key.items() <= row.items() for row in rows) and is_whole(own_checkpoint(opts))
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is there and of a finished step."""
-    return path.exists() and checkpoint.load(path, "move it away").get("finished", True)
+    own = own_checkpoint(opts)
+    if not own.exists() or not any(key.items() <= row.items() for row in rows):
+        return False
+    return checkpoint.load(own, "move it away").get("finished", True)
 
 
 def load_resumed(context: Context) -> dict[str, Any] | None:
