@@ -9,9 +9,16 @@ With x̂ = (x - mean) / sqrt(var + eps), over batch and space in training, runni
 act is leaky ReLU or nothing. `sync` takes the statistics over all ranks, at the price of one
 collective forward and one backward. The state dict of either is that of `nn.BatchNorm2d`.
 
-What runs over whole feature maps is gathered at the end of the file: `_batch_statistics`,
-`_normalise`, `_activate_`, `_undo_activation` and `_gradients`. They compute in at least float32
-and return the type of their input.
+Who computes, of what runs over whole feature maps:
+
+    Triton    our own kernels (`modules/norm_triton.py`), on CUDA: In-Place ABN, and the statistics
+              of `abn_sync`, of maps in float32, float16 or bfloat16, contiguous or channels_last
+    package   inplace-abn, where Triton does not run: In-Place ABN in float32 and float16
+    plain     torch's operations, gathered at the end of the file, wherever else. They compute in at
+              least float32 and return the type of their input
+
+`use` forces one of them. Under torch.compile, within one rank, the formulas above are traced
+instead and the compiler fuses them.
 """
 
 import logging
@@ -19,7 +26,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.distributed as dist
@@ -35,6 +42,24 @@ logger = logging.getLogger(__name__)
 # (1,) where they lie on several ranks, None for running statistics, which do not depend on x.
 Count: TypeAlias = int | Tensor | None
 Statistics: TypeAlias = tuple[Tensor, Tensor, Count]  # mean (C,), biased variance (C,), count
+
+Kernels = Literal["auto", "triton", "package", "plain"]
+_kernels: Kernels = "auto"
+
+
+def use(kernels: Kernels) -> None:
+    """Who computes in this process from now on, for benchmarks: see the top of the file.
+
+    "triton" and "package" serve the maps they can, plain operations the others; with "triton" those
+    on a CPU, too, for Triton's interpreter. Raises UserError if they do not import.
+    """
+    global _kernels
+    if kernels not in get_args(Kernels):
+        raise ValueError(f"{kernels!r} is not one of {', '.join(get_args(Kernels))}")
+    sources = {"triton": (_triton, "pip install triton"), "package": (_package, "make iabn")}
+    if kernels in sources and sources[kernels][0]() is None:
+        raise UserError(f"In-Place ABN cannot use {kernels} here: {sources[kernels][1]}")
+    _kernels = kernels
 
 
 class ABN(nn.BatchNorm2d):
@@ -74,16 +99,18 @@ class ABN(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         self._check_count(x)
         if self._over_ranks():
-            y = _SyncedBatchNorm.apply(x, self.weight, self.bias, self._statistics(x), self.eps)
-        else:
-            y = super().forward(x)
-        return _activate_(y, self.slope)
+            return _eagerly(self._over_ranks_forward)(x)
+        return _activate_(super().forward(x), self.slope)
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, activation={self.activation}, slope={self.slope}, "
             f"eps={self.eps}, momentum={self.momentum}, sync={self.sync}"
         )
+
+    def _over_ranks_forward(self, x: Tensor) -> Tensor:
+        y = _SyncedBatchNorm.apply(x, self.weight, self.bias, self._statistics(x), self.eps)
+        return _activate_(y, self.slope)
 
     def _over_ranks(self) -> bool:
         """Whether this forward pass takes its statistics over several ranks."""
@@ -121,12 +148,26 @@ class InPlaceABN(ABN):
     """In-Place ABN: `ABN` with weight |w| + eps, in training and eval, written over its input.
 
     What comes out must not be changed in place while a gradient is wanted (autograd would raise).
-    The kernels of the inplace-abn package serve where they can: it is installed, and x is float32
-    or float16 on CUDA.
+    Under torch.compile, within one rank, it is a new tensor.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         self._check_count(x)
+        if torch.compiler.is_compiling() and not self._over_ranks():
+            return self._traced_forward(x)
+        return _eagerly(self._eager_forward)(x)
+
+    def _traced_forward(self, x: Tensor) -> Tensor:
+        """The formula in differentiable operations that the compiler fuses."""
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        scale = torch.where(self.weight < 0, -self.weight, self.weight) + self.eps
+        state = (self.running_mean, self.running_var, scale, self.bias, self.training)
+        return _activate_(F.batch_norm(x, *state, self.momentum, self.eps), self.slope)
+
+    def _eager_forward(self, x: Tensor) -> Tensor:
         if self._fits_package(x):
             return self._package_forward(x)
         statistics = self._statistics(x)
@@ -134,10 +175,12 @@ class InPlaceABN(ABN):
 
     def _fits_package(self, x: Tensor) -> bool:
         return (
-            x.is_cuda
+            _kernels in ("auto", "package")
+            and x.is_cuda
             and x.dtype in (torch.float32, torch.float16)
             and self.weight.dtype == torch.float32
             and x.numel() > self.num_features  # it refuses a rank with one value per channel
+            and (_kernels == "package" or not _triton_works(x))
             and _package() is not None
         )
 
@@ -166,14 +209,59 @@ NORMS: dict[str, Callable[..., ABN]] = {
 def get_norm(name: str) -> Callable[..., ABN]:
     """The norm layer called `name`: `norm(channels)` or `norm(channels, activation="identity")`.
 
-    For In-Place ABN a log line says, once, whose kernels run. Raises UserError if `name` is not
-    one of NORMS.
+    For In-Place ABN a log line says, once, who computes: our Triton kernels on CUDA, the package
+    inplace-abn where Triton is missing, plain operations elsewhere. Raises UserError if `name` is
+    not one of NORMS.
     """
     if name not in NORMS:
         raise UserError(f"unknown norm {name}: --norm_act takes {', '.join(NORMS)}")
     if name.startswith("iabn"):
-        _package()
+        _announce()
     return NORMS[name]
+
+
+@cache
+def _announce() -> None:
+    if not torch.cuda.is_available():
+        who = "plain operations (no CUDA device)"
+    elif _triton() is not None:
+        who = "our Triton kernels"
+    elif _package() is not None:
+        who = "kernels of inplace-abn for float32 and float16, plain operations otherwise"
+    else:
+        who = "plain operations"
+    logger.info("In-Place ABN: %s", who)
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """The module of our kernels, None where Triton is of no use."""
+    try:
+        return import_module("modules.norm_triton")
+    except Exception as error:  # not installed, or broken in a way of its own
+        logger.info("In-Place ABN: Triton does not import (%s)", error)
+        return None
+
+
+def _triton_works(x: Tensor) -> bool:
+    module = _triton()
+    return module is not None and module.works(x.device, x.dtype)
+
+
+def _triton_for(x: Tensor) -> ModuleType | None:
+    """The module of our kernels if they are to serve the map x."""
+    if not (x.is_cuda if _kernels == "auto" else _kernels == "triton"):
+        return None
+    module = _triton()
+    return module if module and module.fits(x) and _triton_works(x) else None
+
+
+def _eagerly(method: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Keeps `method` out of the graph while torch.compile traces.
+
+    As a decorator it would import the compiler, for a second, in programs that never compile.
+    """
+    return torch.compiler.disable(method) if torch.compiler.is_compiling() else method
 
 
 @cache
@@ -183,12 +271,11 @@ def _package() -> ModuleType | None:
         backend = import_module("inplace_abn._backend")
         functions = import_module("inplace_abn.functions")
     except (ImportError, OSError) as error:  # not installed, or built for another torch
-        logger.info("In-Place ABN: our own kernels (inplace-abn does not import: %s)", error)
+        logger.info("In-Place ABN: inplace-abn does not import (%s)", error)
         return None
-    if not (torch.cuda.is_available() and hasattr(backend, "reduce_statistics")):
-        logger.info("In-Place ABN: our own kernels (no CUDA device, or inplace-abn without CUDA)")
+    if not hasattr(backend, "reduce_statistics"):
+        logger.info("In-Place ABN: inplace-abn was built without CUDA")
         return None
-    logger.info("In-Place ABN: kernels of inplace-abn for float32 and float16, our own otherwise")
     return functions
 
 
@@ -206,25 +293,49 @@ class _InPlace(Function):
         slope: float,
     ) -> Tensor:
         mean, var, ctx.count = statistics
-        ctx.slope = slope
-        scale, shift = weight.abs().to(mean.dtype) + eps, bias.to(mean.dtype)
-        _activate_(_normalise(x, mean, var + eps, scale, shift, out=x), slope)
+        ctx.eps, ctx.slope, ctx.triton = eps, slope, _triton_for(x)
+        if ctx.triton:
+            ctx.triton.normalise_(x, mean, var, weight, bias, eps, slope)
+        else:
+            scale, shift = weight.abs().to(mean.dtype) + eps, bias.to(mean.dtype)
+            _activate_(_normalise(x, mean, var + eps, scale, shift, out=x), slope)
         ctx.mark_dirty(x)
-        ctx.save_for_backward(x, weight, scale, shift, (var + eps).rsqrt())
+        ctx.save_for_backward(x, weight, bias, var)
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        y, weight, scale, shift, inv_std = ctx.saved_tensors
-        z, dz = _undo_activation(y, dy, ctx.slope)
-        # z = x̂ · scale + shift stands in for the overwritten x.
-        dx, d_scale, d_shift = _gradients(
-            dz, z, shift, scale, scale * inv_std, ctx.count, ctx.needs_input_grad[0]
-        )
-        # The derivative of |w| at 0 is taken as 1, as in the inplace-abn package.
-        d_weight = torch.where(weight < 0, -d_scale, d_scale)
-        return dx, d_weight, d_shift, None, None, None
+        gradients = _triton_gradients if ctx.triton else _plain_gradients
+        return *gradients(ctx, dy), None, None, None
+
+
+def _triton_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Of `_InPlace`, for x, weight and bias."""
+    y, weight, bias, var = ctx.saved_tensors
+    needs_input, *needs_parameters = ctx.needs_input_grad[:3]
+    constants = (weight, bias, ctx.eps, ctx.slope)
+    dx = means = d_weight = d_bias = None
+    if any(needs_parameters) or ctx.count is not None:
+        sums = d_weight, d_bias = ctx.triton.gradient_sums(y, dy, *constants)
+    if needs_input:
+        if ctx.count is not None:
+            means = _sum_over_ranks(sums, ctx.count) / ctx.count
+        dx = ctx.triton.input_gradient(y, dy, var, means, *constants)
+    return dx, d_weight, d_bias
+
+
+def _plain_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Of `_InPlace`, for x, weight and bias."""
+    y, weight, bias, var = ctx.saved_tensors
+    scale, shift = weight.abs().to(var.dtype) + ctx.eps, bias.to(var.dtype)
+    z, dz = _undo_activation(y, dy, ctx.slope)
+    # z = x̂ · scale + shift stands in for the overwritten x.
+    dx, d_scale, d_shift = _gradients(
+        dz, z, shift, scale, scale * (var + ctx.eps).rsqrt(), ctx.count, ctx.needs_input_grad[0]
+    )
+    # The derivative of |w| at 0 is taken as 1, as in the inplace-abn package.
+    return dx, torch.where(weight < 0, -d_scale, d_scale), d_shift
 
 
 class _SyncedBatchNorm(Function):
@@ -261,6 +372,14 @@ def _gather_statistics(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, T
     return mean, (share * (variances + (means - mean).square())).sum(0), total
 
 
+def _sum_over_ranks(sums: Tensor, count: Count) -> Tensor:
+    """`sums` of this rank, or of all where the count is over all."""
+    if isinstance(count, Tensor):
+        sums = sums.clone()
+        dist.all_reduce(sums)
+    return sums
+
+
 def _wide(x: Tensor) -> torch.dtype:
     """The type to compute in: float32 for half types, else that of x."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -268,10 +387,13 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _batch_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
     """Mean and biased variance (C,) of x (B, C, H, W) in the wide type, and values per channel."""
+    count = x.numel() // x.shape[1]
+    if triton := _triton_for(x):
+        return *triton.statistics(x), count
     # The CPU kernel accumulates in the type of the running statistics it is given to update.
     scratch = torch.zeros(2, x.shape[1], dtype=_wide(x), device=x.device)
     mean, var = torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
-    return mean, var, x.numel() // x.shape[1]
+    return mean, var, count
 
 
 def _normalise(
@@ -326,9 +448,7 @@ def _gradients(
         [needs_input and not isinstance(count, Tensor), True, True],
     )
     if isinstance(count, Tensor) and needs_input:
-        sums = torch.cat([d_scale, d_shift])
-        dist.all_reduce(sums)
-        x_hat_dz, mean_dz = (sums / count).chunk(2)
+        x_hat_dz, mean_dz = _sum_over_ranks(torch.stack([d_scale, d_shift]), count) / count
         d_input = torch.empty_like(u)
         _normalise(u, center, spread.square(), -gain * x_hat_dz, -gain * mean_dz, out=d_input)
         torch.addcmul(d_input, dz, gain.view(-1, 1, 1), out=d_input)

@@ -5,6 +5,7 @@ Arguments: rank, world size, rendezvous file, and the file that the results go t
 
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from modules import norm
 from modules.norm import ABN, get_norm
 
 CHANNELS = 5
@@ -20,8 +22,10 @@ CASES = {
     "even": ((2, 2), 4, torch.float64),
     "uneven": ((3, 1), 4, torch.float64),
     "one value per rank": ((1, 1), 1, torch.float64),
+    "float32": ((3, 1), 4, torch.float32),
     "bfloat16": ((3, 1), 8, torch.bfloat16),
 }
+RUNS = [(case, "plain") for case in CASES] + [("uneven", "compiled"), ("float32", "triton")]
 
 
 def make_case(case: str) -> tuple[Tensor, Tensor, tuple[int, ...]]:
@@ -41,21 +45,33 @@ def make_layer(name: str, case: str) -> ABN:
     return layer.double() if CASES[case][2] == torch.float64 else layer
 
 
-def run_layer(layer: ABN, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    leaf = x.clone().requires_grad_()
+def run_layer(layer: ABN, x: Tensor, dy: Tensor, needs_input: bool = True) -> dict[str, Any]:
+    """Output, gradients (None where not wanted) and buffers after a forward and backward pass."""
+    leaf = x.clone().requires_grad_(needs_input)
     y = layer(leaf.clone())
     y.backward(dy)
-    assert leaf.grad is not None
-    assert layer.weight.grad is not None
-    assert layer.bias.grad is not None
     result = {"y": y.detach(), "dx": leaf.grad, "dw": layer.weight.grad, "db": layer.bias.grad}
     return result | dict(layer.named_buffers())
 
 
+def run_share(name: str, case: str, rank: int, how: str) -> dict[str, Any]:
+    """The share of `rank`: as is, in a graph of torch.compile, or through our Triton kernels."""
+    x, dy, shares = make_case(case)
+    layer, x, dy = make_layer(name, case), x.split(shares)[rank], dy.split(shares)[rank]
+    if how == "compiled":
+        layer.compile(backend="aot_eager")
+    if how == "triton":
+        norm.use("triton")
+        assert norm._triton_for(x), "plain operations would compute this case"
+    result = run_layer(layer, x, dy)
+    norm.use("auto")
+    return result
+
+
 def make_net(name: str) -> nn.Sequential:
     torch.manual_seed(2)
-    norm = get_norm(name)
-    layers = (nn.Conv2d(CHANNELS, 4, 3), norm(4), nn.Conv2d(4, 3, 1), norm(3))
+    layer = get_norm(name)
+    layers = (nn.Conv2d(CHANNELS, 4, 3), layer(4), nn.Conv2d(4, 3, 1), layer(3))
     return nn.Sequential(*layers).double()
 
 
@@ -92,10 +108,9 @@ def main(rank: int, world: int, rendezvous: str, output: Path) -> None:
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world)
     results: dict[str, Any] = {}
     for name in ("abn_sync", "iabn_sync"):
-        for case in CASES:
-            x, dy, shares = make_case(case)
-            mine = run_layer(make_layer(name, case), x.split(shares)[rank], dy.split(shares)[rank])
-            results[f"{name} {case}"] = mine
+        for case, how in RUNS:
+            if how != "triton" or find_spec("triton"):
+                results[f"{name} {case} {how}"] = run_share(name, case, rank, how)
         x, _, shares = make_case("uneven")
         net = nn.parallel.DistributedDataParallel(make_net(name))
         results[f"{name} ddp"] = net_gradients(net, x.split(shares)[rank])

@@ -2,12 +2,14 @@
 
 import copy
 import functools
+import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,8 +17,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import harness
+from benchmarks import norm as benchmark
 from modules import norm
 from modules.norm import ABN, InPlaceABN, get_norm
+from segmentation_module import make_model
 from tests import norm_worker
 from utils.errors import UserError
 
@@ -319,13 +324,16 @@ def test_equals_the_package_on_cuda(
 ) -> None:
     package()
     layer = make("iabn").float().cuda().train(training)
-    other, x = copy.deepcopy(layer), batch(dtype, size=16, device="cuda")
+    x = batch(dtype, size=16, device="cuda")
+    monkeypatch.setattr(norm, "_kernels", "package")
     assert isinstance(layer, InPlaceABN)
     assert layer._fits_package(x)
-    theirs = run(layer, x)
-    monkeypatch.setattr(InPlaceABN, "_fits_package", lambda self, x: False)
+    theirs = run(copy.deepcopy(layer), x)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
-    assert_close(run(other, x), theirs, tolerance)
+    for kernels in ("triton", "plain"):
+        monkeypatch.setattr(norm, "_kernels", kernels)
+        assert not layer._fits_package(x)
+        assert_close(run(copy.deepcopy(layer), x), theirs, tolerance)
 
 
 def test_package_gets_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,27 +373,49 @@ def test_package_gets_what_it_can_do(
     changed: dict[str, Any], fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(norm, "_package", lambda: ModuleType("functions"))
+    monkeypatch.setattr(norm, "_triton_works", lambda x: False)
     x: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32, numel=lambda: 2 * CHANNELS)
     vars(x).update(changed)
     assert InPlaceABN(CHANNELS)._fits_package(x) == fits
     assert not InPlaceABN(CHANNELS).half()._fits_package(x)
+    monkeypatch.setattr(norm, "_triton_works", lambda x: True)
+    for kernels in get_args(norm.Kernels):
+        monkeypatch.setattr(norm, "_kernels", kernels)
+        assert InPlaceABN(CHANNELS)._fits_package(x) == (fits and kernels == "package")
     monkeypatch.setattr(norm, "_package", lambda: None)
     assert not InPlaceABN(CHANNELS)._fits_package(x)
 
 
 @pytest.mark.parametrize(
-    ("cuda", "backend", "line"),
+    ("cuda", "triton", "backend", "lines"),
     [
-        (True, {"reduce_statistics": None}, "kernels of inplace-abn for float32 and float16"),
-        (True, {}, "our own kernels (no CUDA device, or inplace-abn without CUDA)"),
-        (False, {"reduce_statistics": None}, "our own kernels (no CUDA device"),
-        (True, None, "our own kernels (inplace-abn does not import"),
+        (True, True, {"reduce_statistics": None}, ["our Triton kernels"]),
+        (
+            True,
+            False,
+            {"reduce_statistics": None},
+            ["Triton does not import (", "kernels of inplace-abn for float32 and float16, plain"],
+        ),
+        (
+            True,
+            False,
+            {},
+            ["Triton does not import (", "inplace-abn was built without CUDA", "plain operations"],
+        ),
+        (
+            True,
+            False,
+            None,
+            ["Triton does not import (", "inplace-abn does not import (", "plain operations"],
+        ),
+        (False, True, {"reduce_statistics": None}, ["plain operations (no CUDA device)"]),
     ],
 )
 def test_the_log_says_once_whose_kernels_run(
     cuda: bool,
+    triton: bool,
     backend: dict[str, None] | None,
-    line: str,
+    lines: list[str],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -394,16 +424,93 @@ def test_the_log_says_once_whose_kernels_run(
     monkeypatch.setitem(sys.modules, "inplace_abn", ModuleType("inplace_abn"))
     monkeypatch.setitem(sys.modules, "inplace_abn._backend", present)  # None makes the import fail
     monkeypatch.setitem(sys.modules, "inplace_abn.functions", functions)
+    monkeypatch.setitem(sys.modules, "modules.norm_triton", ModuleType("") if triton else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    norm._package.cache_clear()
+    clear_caches()
     with caplog.at_level(logging.INFO, logger="modules.norm"):
         for name in ("abn_sync", "iabn", "iabn_sync"):
             get_norm(name)
-        used = norm._package()
-    norm._package.cache_clear()
-    assert len(caplog.records) == 1
-    assert line in caplog.text
-    assert (used is functions) == ("kernels of inplace-abn" in line)
+    for record, line in zip(caplog.records, lines, strict=True):
+        assert line in record.getMessage()
+    assert (norm._package() is functions) == bool(backend)
+    clear_caches()
+
+
+def clear_caches() -> None:
+    for function in (norm._announce, norm._package, norm._triton):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("kernels", ["triton", "package"])
+def test_forced_kernels_that_are_missing_are_named(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norm, "_kernels", "auto")
+    monkeypatch.setattr(norm, "_triton", lambda: None)
+    monkeypatch.setattr(norm, "_package", lambda: None)
+    with pytest.raises(UserError, match=f"cannot use {kernels} here: (pip install|make iabn)"):
+        norm.use(kernels)
+    assert norm._kernels == "auto"
+    norm.use("plain")
+    assert norm._kernels == "plain"
+    with pytest.raises(ValueError, match="'cuda' is not one of auto, triton, package, plain"):
+        norm.use("cuda")  # type: ignore[arg-type]
+
+
+# torch.compile -------------------------------------------------------------------------------
+
+
+def compiled(layer: nn.Module) -> nn.Module:
+    """Raises where the graph would break."""
+    torch._dynamo.reset()
+    return torch.compile(layer, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_without_graph_breaks(name: str, training: bool) -> None:
+    layer = make(name, weight=[1.0, -0.5, 0.0, 2.0, -1.5]).train(training)
+    traced = compiled(copy.deepcopy(layer))
+    result = {key.removeprefix("_orig_mod."): value for key, value in run(traced, batch()).items()}
+    assert_close(result, run(layer, batch()), 1e-10)
+
+
+def test_a_network_compiles_without_graph_breaks() -> None:
+    torch.manual_seed(0)
+    net = make_model("resnet18", get_norm("iabn_sync"), [2, 1], pooling=4).double()
+    other, images = copy.deepcopy(net), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for forward in (net, compiled(other)):
+        forward(images).logits.square().sum().backward()
+    for (key, mine), theirs in zip(net.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-8, atol=1e-10, msg=key)
+    for (key, mine), theirs in zip(net.named_buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=key)
+
+
+# The benchmark -------------------------------------------------------------------------------
+
+
+def test_the_plain_side_of_the_benchmark_computes_the_same() -> None:
+    layers = InPlaceABN(CHANNELS), benchmark.Plain(CHANNELS)
+    assert_close(*(run(layer, batch(torch.float32)) for layer in layers), 1e-4)
+
+
+@pytest.mark.parametrize("options", ["", "--dtype bfloat16 --channels_last --kernels plain"])
+def test_the_benchmark_runs(
+    options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "norm.json"
+    arguments = "--batch 1 --maps 3x4 2x3 --repeats 1 --calls 1 --json"
+    monkeypatch.setattr(norm, "_kernels", "auto")
+    monkeypatch.setattr(harness, "in_fresh_process", harness._measure)
+    monkeypatch.setattr(sys, "argv", ["norm", *arguments.split(), str(file), *options.split()])
+    benchmark.main()
+    cases, table = json.loads(file.read_text())["cases"], capsys.readouterr().out
+    assert [case["name"] for case in cases] == ["1 x 3 x 4 x 4", "1 x 2 x 3 x 3"]
+    for case in cases:
+        assert len(case["ours"]) == len(case["plain"]) == 1
+        assert case["summary"]["time ratio"] > 0
+        assert case["name"] in table
 
 
 # Several processes ---------------------------------------------------------------------------
@@ -411,13 +518,17 @@ def test_the_log_says_once_whose_kernels_run(
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two gloo processes computed on its share of each batch."""
+    """What each of two gloo processes computed on its share of each batch.
+
+    Triton is there for its interpreter, which serves where they force it.
+    """
     folder = tmp_path_factory.mktemp("norm")
     command = [sys.executable, "-m", "tests.norm_worker"]
     processes = [
         subprocess.Popen(
             [*command, str(rank), "2", str(folder / "rendezvous"), str(folder / f"{rank}.pt")],
             cwd=Path(__file__).parent.parent,
+            env=os.environ | {"TRITON_INTERPRET": "1"},
         )
         for rank in range(2)
     ]
@@ -429,16 +540,20 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", norm_worker.CASES)
+@pytest.mark.parametrize(("case", "how"), norm_worker.RUNS)
 @pytest.mark.parametrize("name", ["abn_sync", "iabn_sync"])
-def test_two_processes_equal_one(name: str, case: str, ranks: list[dict[str, Any]]) -> None:
+def test_two_processes_equal_one(
+    name: str, case: str, how: str, ranks: list[dict[str, Any]]
+) -> None:
+    if how == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
     x, dy, _ = norm_worker.make_case(case)
     whole = norm_worker.run_layer(norm_worker.make_layer(name, case), x, dy)
-    first, second = (results[f"{name} {case}"] for results in ranks)
+    first, second = (results[f"{name} {case} {how}"] for results in ranks)
     joined = {key: torch.cat([first[key], second[key]]) for key in ("y", "dx")}
     joined |= {key: first[key] + second[key] for key in ("dw", "db")}
     joined |= {key: first[key] for key in ("running_mean", "running_var", "num_batches_tracked")}
-    tolerance = 1e-11 if x.dtype == torch.float64 else 0.02
+    tolerance = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.02}[x.dtype]
     assert_close(joined, whole, tolerance)
     for key in ("running_mean", "running_var"):
         assert torch.equal(first[key], second[key])
