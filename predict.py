@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import argparser
 from dataset import DATASETS, get_spec
-from dataset.transform import normalize, to_tensor
+from dataset.transform import normalize, resize
 from modules.norm import get_norm
 from modules.resnet import STRUCTURES
 from segmentation_module import IncrementalSegmentationModule, load_state, make_model
@@ -328,8 +328,8 @@ def segment(
     width, height = next(iter(images.values())).size
     shorter = predictor.size if opts.size is None else opts.size
     size = network_size(width, height, shorter)
-    resized = (image.resize(size, Image.Resampling.BILINEAR) for image in images.values())
-    inputs = normalize(torch.stack([to_tensor(image) for image in resized]).to(device))
+    inputs = torch.stack([resize(image, size) for image in images.values()])
+    inputs = normalize(inputs.to(device))
     maps = versions(lambda x: predictor.model(x).logits, inputs, opts.scales, opts.flip)
     channels = predict_average(maps, (height, width), predictor.binary).cpu().numpy()
     for i, (job, image) in enumerate(images.items()):

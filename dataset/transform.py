@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -19,11 +20,11 @@ FLIP_PROBABILITY = 0.5
 
 
 class Transform(Protocol):
-    """Image and mask of one size in, image and mask of one size out, both changed alike."""
+    """Image and mask of one size → pixels uint8 (3 H W) and labels uint8 (H W), changed alike."""
 
     def __call__(
         self, image: Image.Image, mask: Image.Image, rng: np.random.Generator
-    ) -> tuple[Image.Image, Image.Image]: ...
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,14 @@ class TrainTransform:
 
     def __call__(
         self, image: Image.Image, mask: Image.Image, rng: np.random.Generator
-    ) -> tuple[Image.Image, Image.Image]:
+    ) -> tuple[Tensor, Tensor]:
         left, top, width, height = random_crop(rng, *image.size)
         box = (left, top, left + width, top + height)
         # Cut before resizing: a filter that reached over the edge would see what was cropped away.
-        image, mask = _resize(image.crop(box), mask.crop(box), (self.size, self.size))
+        pixels, labels = _resize(image.crop(box), mask.crop(box), (self.size, self.size))
         if rng.random() < FLIP_PROBABILITY:
-            flip = Image.Transpose.FLIP_LEFT_RIGHT
-            image, mask = image.transpose(flip), mask.transpose(flip)
-        return image, mask
+            pixels, labels = pixels.flip(-1), labels.flip(-1)
+        return pixels, labels
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,17 @@ class EvalTransform:
 
     def __call__(
         self, image: Image.Image, mask: Image.Image, rng: np.random.Generator
-    ) -> tuple[Image.Image, Image.Image]:
+    ) -> tuple[Tensor, Tensor]:
         if self.size is None:
-            return image, mask
+            return to_tensor(image), torch.from_numpy(np.array(mask))
         width, height = image.size
         shorter = min(width, height)
         # Longer side rounded down, crop offset rounded half to even: as torchvision does.
         scaled = (self.size * width // shorter, self.size * height // shorter)
-        image, mask = _resize(image, mask, scaled)
+        pixels, labels = _resize(image, mask, scaled)
         left, top = (round((side - self.size) / 2) for side in scaled)
-        box = (left, top, left + self.size, top + self.size)
-        return image.crop(box), mask.crop(box)
+        rows, columns = slice(top, top + self.size), slice(left, left + self.size)
+        return pixels[:, rows, columns], labels[rows, columns]
 
 
 def random_crop(rng: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:
@@ -84,19 +84,28 @@ def random_crop(rng: np.random.Generator, width: int, height: int) -> tuple[int,
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _resize(
-    image: Image.Image, mask: Image.Image, size: tuple[int, int]
-) -> tuple[Image.Image, Image.Image]:
+def _resize(image: Image.Image, mask: Image.Image, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Both to `size` (width, height): bilinear for the image, nearest for the labels."""
-    return (
-        image.resize(size, Image.Resampling.BILINEAR),
-        mask.resize(size, Image.Resampling.NEAREST),
-    )
+    labels = mask.resize(size, Image.Resampling.NEAREST)
+    return resize(image, size), torch.from_numpy(np.array(labels))
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """RGB image → uint8 (3 H W) of `size` (width, height), bilinear, antialiased where it shrinks.
+
+    Channels last in memory. Within one level of `Image.resize`, in a quarter of its time on a CPU
+    with AVX2.
+    """
+    width, height = size
+    # Were the image permuted before it becomes a batch, its strides would not show torch that the
+    # channels are last, and the result would be transposed at twice the cost.
+    batch = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)
+    return F.interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image → uint8 (3 H W)."""
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+    """RGB image → uint8 (3 H W), channels last in memory."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from dataset import ADE, DATASETS, VOC, build_datasets, get_spec, hold_out, label_map
-from dataset.incremental import IncrementalSegmentation
+from dataset.incremental import IncrementalSegmentation, collate
 from dataset.sampler import EvalBatchSampler, TrainBatchSampler
 from dataset.transform import EvalTransform
 from tasks import get_task
@@ -125,12 +125,26 @@ def test_ade_is_sorted_by_name_and_ignores_label_zero(tmp_path):
     assert len(ADE.find_samples(root, "val")) == 1
 
 
-def test_images_of_other_modes_become_rgb(voc):
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("L", "PNG"), ("RGBA", "PNG"), ("1", "PNG")],
+)
+def test_images_of_other_modes_become_rgb(voc, mode, form):
     image, _ = paths(voc)
-    Image.open(image).convert("L").save(image)
-    first = read_all(voc)[0][0]
-    assert first.shape == (3, 10, 12)
-    assert torch.equal(first[0], first[2])
+    Image.open(image).convert(mode).save(image, form)
+    expected = np.asarray(Image.open(image).convert("RGB"))
+    assert np.array_equal(read_all(voc)[0][0].permute(1, 2, 0), expected)
+
+
+def test_pixels_are_read_as_they_lie(voc):
+    """Masks carry no orientation, so that of a camera must not turn the image alone."""
+    image, _ = paths(voc)
+    picture, exif = Image.open(image).convert("RGB"), Image.Exif()
+    picture.save(image)
+    expected = read_all(voc)[0][0]
+    exif[0x0112] = 3  # upside down
+    picture.save(image, exif=exif)
+    assert torch.equal(read_all(voc)[0][0], expected)
 
 
 def test_the_folder_of_the_data_set_may_be_a_link(voc, tmp_path):
@@ -423,6 +437,17 @@ def test_worker_count_and_resuming_change_nothing(voc):
         for (images, labels), (a, b) in zip(expected[-len(other) :], other, strict=True):
             assert torch.equal(images, a)
             assert torch.equal(labels, b)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_keep_the_memory_of_their_images(voc, workers):
+    data = build(voc).train
+    loader = DataLoader(data, batch_size=5, num_workers=workers, collate_fn=collate)
+    expected = default_collate([data[i] for i in range(5)])
+    images, labels = next(iter(loader))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, expected[0])
+    assert torch.equal(labels, expected[1])
 
 
 def test_augmentation_depends_on_seed_epoch_and_sample_alone(voc):

@@ -272,7 +272,7 @@ def test_the_network_sees_the_size_of_the_evaluation():
         image = Image.new("RGB", (width, height))
         crop, _ = EvalTransform(96)(image, image.convert("L"), np.random.default_rng(0))
         assert min(size) == 96
-        assert crop.size == (96, 96)
+        assert crop.shape == (3, 96, 96)
     assert network_size(320, 487, 96) == (96, 96 * 487 // 320)
     assert network_size(500, 10, 0) == (500, 10)
     assert network_size(5000, 2, 64) == (256, 1)  # not 160,000 wide

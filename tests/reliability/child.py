@@ -191,7 +191,8 @@ def main_in_float64(faults: Sequence[Fault], argv: Sequence[str]) -> int:
     def recorded_item(self: Any, key: Any) -> tuple[Tensor, Tensor]:
         image, labels = item(self, key)
         if isinstance(key, tuple):
-            images.append((*key, zlib.crc32(labels.numpy(), zlib.crc32(image.numpy()))))
+            content = image.numpy().tobytes() + labels.numpy().tobytes()
+            images.append((*key, zlib.crc32(content)))
         return image, labels
 
     train.Learner.step = recorded_step  # type: ignore[method-assign]
