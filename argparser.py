@@ -152,6 +152,8 @@ def _add_optimisation(group: argparse._ArgumentGroup) -> None:
     add("--lr_decay_factor", type=positive, default=0.1, help="of the step schedule")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
         help="mixed precision; auto: bf16 where the GPU has it, else fp16; off on CPU")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile student and teacher: minutes at the "
+        "start, for long runs (the loss is compiled on CUDA in any case)")
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:

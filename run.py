@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import argparser
 from dataset import StepDatasets, build_datasets, get_spec
-from dataset.incremental import IncrementalSegmentation
+from dataset.incremental import IncrementalSegmentation, collate
 from dataset.sampler import EvalBatchSampler, TrainBatchSampler
 from dataset.spec import DatasetSpec
 from metrics import Scores, StreamSegMetrics, score_rows, to_table
@@ -51,6 +51,7 @@ from train import (
 )
 from utils import checkpoint, distributed, workers
 from utils.averaging import predict_average, versions
+from utils.compiled import check_compiler, reset_compiler
 from utils.errors import UserError
 from utils.lock import run_lock
 from utils.logger import Logger, WandbOptions, setup_console
@@ -117,21 +118,25 @@ class Training:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status. What a user can mend is a line, not a traceback."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    status = attempt(sys.argv[1:] if argv is None else list(argv))
+    gc.collect()  # loaders that an error left open wait for their workers as long as it is possible
+    return status
+
+
+def attempt(arguments: list[str]) -> int:
+    """All steps that were asked for; returns the exit status."""
     try:
         plans = argparser.parse(arguments)
         device = distributed.init(plans[0].opts.local_rank)
         setup_console(distributed.rank(), plans[0].opts.debug)
         for opts, notes in plans:
-            if len(plans) > 1 and is_finished(opts):
+            if len(plans) > 1 and is_finished_for_all(opts):
                 log.info("step %d of %s is finished: skipped (--restart learns it again)",
                          opts.step, opts.name)  # fmt: skip
                 continue
             if run(opts, notes, device) and opts is not plans[-1].opts:
                 raise Interrupted(f"after step {opts.step}")
-            gc.collect()  # nothing of a step stays on the device when the next is built
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(device)  # nothing of a step stays on the device when the next is built
     except Interrupted as wish:
         log.info("interrupted: %s", wish)
         distributed.shutdown()
@@ -142,16 +147,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, distributed.PeerStopped, RuntimeError) as error:
         if "--debug" in arguments:
             log.exception("stopped")
-        if isinstance(error, UserError):
-            print(f"error: {error}", file=sys.stderr)
-        elif not isinstance(error, distributed.PeerStopped):  # it says itself why it stopped
-            if not distributed.lost_peer(error):
+        if not isinstance(error, distributed.PeerStopped):  # rank 0 says itself why it stopped
+            line = explain(error)
+            if line is None:
                 raise
-            print("error: another process of this run is gone, see what it said", file=sys.stderr)
+            print(f"error: {line}", file=sys.stderr)
         distributed.shutdown(failed=True)
         return 1
     distributed.shutdown()
     return 0
+
+
+def explain(error: Exception) -> str | None:
+    """What happened and what to do, in a line; None for what no user can mend."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU has no memory left: lower --batch_size, or see docs/questions.md"
+    if distributed.lost_peer(error):
+        return "another process of this run is gone, see what it said"
+    if workers.lost(error):
+        return "a data worker was killed, as a rule for want of memory: lower --num_workers"
+    return None
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what the step before held: objects, device memory, compiled shapes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    reset_compiler()
 
 
 def run(opts: Namespace, notes: Sequence[str], device: torch.device) -> bool:
@@ -163,6 +188,8 @@ def run(opts: Namespace, notes: Sequence[str], device: torch.device) -> bool:
         log.info(note)
     if opts.deterministic:
         distributed.be_deterministic()
+    if opts.compile and not opts.test:
+        check_compiler(device)
     if opts.num_workers:
         workers.context()  # imports while the models are built
     spec = get_spec(opts.dataset, opts.data_root)
@@ -225,6 +252,7 @@ def make_loader(
         num_workers=count,
         multiprocessing_context=workers.context() if count else None,
         worker_init_fn=workers.obey_parent,
+        collate_fn=collate if context.device.type == "cuda" else None,
         generator=torch.Generator(),  # else a restart would shift torch's own random numbers
         pin_memory=context.device.type == "cuda",
         persistent_workers=persistent and count > 0,
@@ -240,6 +268,7 @@ def evaluation_batches(context: Context, data: IncrementalSegmentation) -> Itera
     batches = EvalBatchSampler(
         len(data), size, rank=distributed.rank(), world=distributed.world_size()
     )
+    tune_convolutions(context, same_size=context.opts.crop_val)
     for number, batch in enumerate(workers.start(make_loader(context, data, batches))):
         # Only as often as all have a batch, or the one with a batch more would ask alone.
         if number < batches.rounds and distributed.any_process(context.asked_to_stop()):
@@ -293,9 +322,13 @@ def build_models(
 def new_model(
     context: Context, classes_per_step: list[int], fix_bn: bool = False
 ) -> IncrementalSegmentationModule:
-    """The network of these options on this process's device, with random weights."""
-    opts = context.opts
-    return make_model(
+    """The network of these options on this process's device, with random weights.
+
+    On CUDA it computes in channels_last, which tensor cores want. On a CPU that gains a twentieth,
+    and is not worth other roundings than those of the reference.
+    """
+    opts, on_gpu = context.opts, context.device.type == "cuda"
+    model = make_model(
         opts.backbone,
         get_norm(opts.norm_act),
         classes_per_step,
@@ -303,6 +336,7 @@ def new_model(
         pooling=opts.pooling,
         fix_bn=fix_bn,
     ).to(context.device)
+    return model.to(memory_format=torch.channels_last) if on_gpu else model  # type: ignore[call-overload]
 
 
 def build_tested_model(context: Context) -> tuple[IncrementalSegmentationModule, int]:
@@ -321,6 +355,14 @@ def build_tested_model(context: Context) -> tuple[IncrementalSegmentationModule,
     load_state(model, content["model_state"], f"checkpoint {path}", cure)
     opts.bce = content.get("options", {}).get("bce", opts.bce)  # how --tta reads the logits
     return model, content.get("total_iterations", 0)
+
+
+def tune_convolutions(context: Context, same_size: bool) -> None:
+    """On CUDA, time the algorithms of a convolution when a size is first met, if one is met often.
+
+    The fastest ones may differ from run to run, in the last bits of what they compute.
+    """
+    torch.backends.cudnn.benchmark = same_size and not context.opts.deterministic
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -378,6 +420,13 @@ def check_base(opts: Namespace, path: Path, content: dict[str, Any]) -> None:
                 f"{path} was learned with --{flag} {theirs[flag]}, this run has "
                 f"{getattr(opts, flag)}: give --base another name"
             )
+
+
+def is_finished_for_all(opts: Namespace) -> bool:
+    """`is_finished` as rank 0 finds it: on unshared disks the others might see something else."""
+    with distributed.main_first():
+        finished = distributed.is_main() and is_finished(opts)
+    return distributed.any_process(finished)
 
 
 def is_finished(opts: Namespace) -> bool:
@@ -512,6 +561,9 @@ def build_learner(
     optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=opts.lr, momentum=opts.momentum, nesterov=True, weight_decay=opts.weight_decay,
+        # The other forms are slower and, with a loss scaler, wait for the GPU in every iteration to
+        # learn whether a gradient overflowed.
+        fused=True,
     )  # fmt: skip
     scheduler = make_scheduler(
         optimizer, opts.lr_policy, max_iters,
@@ -542,8 +594,8 @@ def prepare(context: Context, data: StepDatasets) -> Training:
     terms = pixel_terms(opts, context.old_classes)
     wrapped = distributed.wrap(student, context.device)
     objective, bare = (
-        Objective(model, teacher, terms, opts.loss_de, context.precision)
-        for model in (wrapped, student)
+        Objective(model, teacher, terms, opts.loss_de, context.precision, compiled)
+        for model, compiled in ((wrapped, opts.compile), (student, False))
     )
     return Training(student, learner, objective, bare, batches, progress)
 
@@ -585,6 +637,7 @@ def train_one_epoch(context: Context, training: Training, loader: DataLoader[Any
     progress, iterations = training.progress, training.batches.iterations_per_epoch
     epoch, first = progress.epoch, progress.iteration
     training.batches.set_epoch(epoch, first)
+    tune_convolutions(context, same_size=True)
     with tqdm(
         total=iterations, initial=first, desc=f"epoch {epoch + 1}/{opts.epochs}", unit="it",
         disable=None if distributed.is_main() else True, leave=False,

@@ -17,12 +17,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dataset.transform import normalize
 from metrics import StreamSegMetrics
+from segmentation_module import Output
 from utils import distributed
 from utils.errors import UserError
 from utils.loss import WeightedTerm, feature_distillation
 from utils.pieces import pixel_losses, predict
 from utils.regularizer import Regularizers
 
+Network = Callable[[Tensor], Output]  # images B 3 H W, normalised
 Batch = tuple[Tensor, Tensor]  # images uint8 B 3 H W, labels uint8 B H W
 
 
@@ -62,6 +64,7 @@ class Objective:
         teacher: the model of the step before, frozen and in eval mode; None at step 0.
         terms: pixel terms by name.
         feature_weight: of the distillation of body features ("de"); 0 leaves it out.
+        compiled: run both networks, and the terms on a CPU too, through torch.compile.
     """
 
     def __init__(
@@ -71,9 +74,14 @@ class Objective:
         terms: Mapping[str, WeightedTerm],
         feature_weight: float,
         precision: Precision,
+        compiled: bool = False,
     ) -> None:
         self.student = student
         self.teacher = teacher
+        run: Callable[[nn.Module], Network] = torch.compile if compiled else lambda module: module
+        self._run_student = run(student)
+        self._run_teacher = run(teacher) if teacher is not None else None
+        self._compile_terms = compiled or None
         self.terms = terms
         self.feature_weight = feature_weight if teacher is not None else 0.0
         self.precision = precision
@@ -81,19 +89,27 @@ class Objective:
     def __call__(self, images: Tensor, labels: Tensor) -> Losses:
         """Images B 3 H W (normalised), labels B H W (head order, IGNORE_INDEX ignored)."""
         with self.precision.autocast():
-            new = self.student(images)
-            old = None
-            if self.teacher is not None:
-                with torch.no_grad():
-                    old = self.teacher(images)
+            old = self._ask_teacher(images)  # first, while nothing is kept for a backward pass
+            new = self._run_student(images)
         total, terms = new.logits.new_zeros(()), dict[str, Tensor]()
         if self.terms:
             old_logits = old.logits if old else None
-            total, terms = pixel_losses(self.terms, new.logits, old_logits, labels)
+            total, terms = pixel_losses(
+                self.terms, new.logits, old_logits, labels, compiled=self._compile_terms
+            )
         if old is not None and self.feature_weight:
             feature = self.feature_weight * feature_distillation(new.features, old.features)
             total, terms = total + feature, {**terms, "de": feature.detach()}
         return Losses(total, terms, new.logits)
+
+    def _ask_teacher(self, images: Tensor) -> Output | None:
+        if self._run_teacher is None:
+            return None
+        with torch.inference_mode():
+            output = self._run_teacher(images)
+        # Copies, because what was made in that mode cannot take part in a gradient.
+        features = output.features.clone() if self.feature_weight else output.features
+        return output._replace(logits=output.logits.clone(), features=features)
 
 
 @dataclass
@@ -119,7 +135,8 @@ class Learner:
         scaler.scale(total).backward()
         if self.regularizer is not None:
             scaler.unscale_(self.optimizer)
-            if self.regularizer.gradients_finite():
+            # Only a loss scaler makes gradients overflow as a matter of course; looking waits.
+            if not scaler.is_enabled() or self.regularizer.gradients_finite():
                 self.regularizer.update()
             penalty = self.regularizer.add_penalty_gradient(self.reg_importance)
             if penalty is not None:

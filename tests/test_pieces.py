@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import harness
 from benchmarks import loss as benchmark
+from utils import pieces
 from utils.constants import IGNORE_INDEX
 from utils.loss import WeightedTerm, cross_entropy
 from utils.methods import METHODS, pixel_terms
@@ -154,6 +155,16 @@ def test_backward_scales_and_leaves_the_teacher_alone():
     (3 * total).backward()
     torch.testing.assert_close(logits.grad, 3 * expected)
     assert old_logits.grad is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("combination", ["FT", "LWF-MC", "MIB"])
+def test_on_cuda_compiled_pieces_equal_the_plain_form(combination):
+    case = [t.cuda() for t in batch((16, 16), (256, 256))]
+    terms = terms_of(combination)
+    assert_equal(in_pieces(terms, *case), plain(terms, *case), 1e-6)
+    assert not pieces._compiled_sums.failed
+    assert torch.equal(predict(case[0], (256, 256)), upsample(case[0], (256, 256)).argmax(1))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -210,7 +210,9 @@ def test_ade_runs_two_steps(tmp_path, monkeypatch, capsys):
 
 
 def launch(module: list[str], folder: Path, toy: Path, *argv: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", *module, "--nproc_per_node=2", "--standalone"]
+    """Two processes under a launcher, one without."""
+    several = ["-m", *module, "--nproc_per_node=2", "--standalone"] if module else []
+    command = [sys.executable, *several]
     command += [str(ROOT / "run.py"), "--data_root", str(toy), *SMALL, *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
@@ -224,6 +226,23 @@ def test_two_processes_under_both_launchers(work, toy, launcher: str):
     assert done.stdout.count("mean IoU with background") == 1
     tested = launch([launcher], work, toy, *argv, "--test")
     assert table(tested.stdout) == table(done.stdout)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world", [1, 2])
+def test_compiled_training_computes_the_same(work, toy, world: int):
+    """Student, teacher and loss through torch.compile, under DDP too; then the test as usual."""
+    curves = []
+    for name in ("plain", "compiled"):
+        argv = ["--name", name, "--step", "1", "--method", "ILT", "--print_interval", "1"]
+        argv += ["--step_ckpt", str(checkpoint_file(work, "a", 0)), "--norm_act", "iabn"]
+        argv += ["--batch_size", str(4 // world), *(["--compile"] if name == "compiled" else [])]
+        launcher = ["torch.distributed.run"] if world == 2 else []
+        done = launch(launcher, work, toy, *argv)
+        assert done.returncode == 0, done.stderr
+        events = EventAccumulator(str(work / "logs" / SETTING / name / "step-1")).Reload()
+        curves.append([[e.value for e in events.Scalars(f"train/{t}")] for t in ("ce", "kd", "de")])
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-3)
 
 
 def test_both_processes_stop_with_one_line_of_ours(work, toy):

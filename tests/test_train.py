@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from train import Learner, Losses, Precision, TermLog
+from modules.norm import get_norm
+from segmentation_module import make_model
+from train import Learner, Losses, Objective, Precision, TermLog, to_device
+from utils.checkpoint import load_optimizer
 from utils.errors import UserError
+from utils.loss import UnbiasedCrossEntropy, UnbiasedKnowledgeDistillation, WeightedTerm
 from utils.regularizer import make_regularizers
 from utils.scheduler import poly
 
@@ -65,6 +69,7 @@ def test_the_fisher_sees_the_gradient_of_the_data_alone(parts):
 def test_an_overflow_is_left_out_of_the_update(parts):
     student, teacher, stored = parts
     learner = learner_of(student, teacher, stored)
+    learner.precision = Precision(torch.device("cpu"), torch.float16)
     learner.step(Quadratic(student, float("inf")), torch.zeros(1), torch.zeros(1))
     exported = learner.regularizer.export()["ewc"]["fisher"]["weight"]
     assert torch.equal(exported, stored["fisher"]["weight"])
@@ -79,3 +84,52 @@ def test_terms_are_averaged_and_a_bad_one_is_named():
     log.add({"ce": torch.tensor(1.0), "kd": torch.tensor(float("nan"))})
     with pytest.raises(UserError, match=r"'kd' is nan in epoch 3, iteration 14"):
         log.drain()
+
+
+def test_a_momentum_in_another_memory_format_is_laid_out_as_its_weight():
+    """A run on CUDA, where weights are channels_last, may go on on a CPU, where they are not."""
+    there = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    here = copy.deepcopy(there).to(memory_format=torch.contiguous_format)
+    optimizers = [
+        torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, fused=True) for m in (there, here)
+    ]
+    image = torch.randn(1, 3, 3, 3)
+    for _ in range(2):
+        there(image).square().sum().backward()
+        optimizers[0].step()
+    here.load_state_dict(there.state_dict())
+    load_optimizer(optimizers[1], optimizers[0].state_dict())
+    for model, optimizer in zip((there, here), optimizers, strict=True):
+        optimizer.zero_grad()
+        model(image).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(here.weight, there.weight)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_an_iteration_on_cuda_waits_for_nothing(dtype):
+    """From the images in pinned memory to the optimizer, but for what the first one prepares."""
+    device = torch.device("cuda")
+    student, teacher = (
+        make_model("resnet18", get_norm("iabn"), classes, pooling=2).to(device)
+        for classes in ([16, 5], [16])
+    )
+    teacher.requires_grad_(False).eval()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, fused=True)
+    precision = Precision(device, dtype)
+    learner = Learner(student, optimizer, poly(optimizer, 10), precision)
+    terms = {
+        "unce": WeightedTerm(UnbiasedCrossEntropy(16), 1.0),
+        "unkd": WeightedTerm(UnbiasedKnowledgeDistillation(), 10.0),
+    }
+    objective = Objective(student, teacher, terms, 1.0, precision)
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8).pin_memory()
+    labels = torch.zeros(2, 64, 64, dtype=torch.uint8).pin_memory()
+    for i in range(3):
+        torch.cuda.set_sync_debug_mode("error" if i == 2 else "default")
+        try:
+            ((x, y),) = to_device([(images, labels)], device)
+            learner.step(objective, x, y)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

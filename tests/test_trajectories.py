@@ -57,7 +57,7 @@ def run_step(flags, norm, classes, labels, first_batch, previous=None):
         if opts.init_balanced:
             student.init_balanced()
     optimizer = torch.optim.SGD(
-        student.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4
+        student.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True
     )
     regularizer = make_regularizers(
         opts.regularizer, student, teacher, previous.exported if previous else None,
@@ -79,7 +79,7 @@ def run_step(flags, norm, classes, labels, first_batch, previous=None):
     return SimpleNamespace(student=student, rows=rows, exported=exported)
 
 
-def full_size_losses(terms, logits, old_logits, labels):
+def full_size_losses(terms, logits, old_logits, labels, compiled):
     """What `pixel_losses` computes, on logits upsampled as a whole."""
     size = labels.shape[1:]
     logits = F.interpolate(logits, size, mode="bilinear")

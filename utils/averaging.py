@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.constants import IGNORE_INDEX
-from utils.pieces import Piece, Upsampled, predict
+from utils.pieces import Piece, Upsampled, interpolate, predict
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def _averaged(
         piece = piece._replace(span=slice(None))
         total = torch.zeros((), device=maps[0].device)
         for version in upsampled:
-            logits = version.interpolate(version.source(piece), piece)[:, :, 0]
+            logits = interpolate(*version.operands(piece))[:, :, 0]
             total = total + (logits.sigmoid() if binary else logits.softmax(1))
         return total / len(upsampled)
 

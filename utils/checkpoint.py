@@ -132,7 +132,11 @@ def check_flags(content: Mapping[str, Any], path: Path, options: Mapping[str, An
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """`optimizer.load_state_dict` that checks shapes and types, too; ValueError if one differs."""
+    """`optimizer.load_state_dict` that checks shapes and types, too; ValueError if one differs.
+
+    The state gets the memory format of its weight, which the file may have from another device: a
+    fused optimizer walks both in the order in which they lie.
+    """
     kinds = [{k: type(v) for k, v in group.items()} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     if kinds != [{k: type(v) for k, v in group.items()} for group in optimizer.param_groups]:
@@ -141,6 +145,7 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
         for name, value in slots.items():
             if not isinstance(value, Tensor) or value.shape != parameter.shape:
                 raise ValueError(f"the optimizer's {name} does not fit its weight")
+            slots[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def check_fits(

@@ -12,6 +12,9 @@ with respect to its source is autograd's own, through these two products and the
 
 Memory is a few pieces, whatever the batch, and nothing waits for the device. The products must be
 true float32, which is torch's default: TF32 would round the interpolation to three digits.
+
+Values and gradient of a piece are one function, `_sums`, which CUDA gets compiled: its operations
+are short, and what limits them is the memory they pass their results through.
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from utils.compiled import CompiledOrPlain
 from utils.constants import IGNORE_INDEX
 from utils.loss import WeightedTerm, at_least_float32
 
@@ -34,6 +38,8 @@ Result = TypeVar("Result")
 # Logits in a piece: on a CPU few enough for its cache, elsewhere enough to outweigh the launches.
 CPU_PIECE, DEVICE_PIECE = 2**20, 2**24
 
+Operands: TypeAlias = tuple[Tensor, Tensor, Tensor]  # source (span C w), vertical, horizontal
+
 
 def pixel_losses(
     terms: Mapping[str, WeightedTerm],
@@ -41,12 +47,14 @@ def pixel_losses(
     old_logits: Tensor | None,
     labels: Tensor,
     piece_size: int | None = None,
+    compiled: bool | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The pixel terms of an objective on logits upsampled to the size of the labels.
 
     `logits` B C h w and the teacher's `old_logits` B C_old h w (None without a teacher) may be of
     any float type; half types are computed in float32. `labels` B H W are uint8 or int64.
     `piece_size` is the number of logits in a piece, by default one that suits the device.
+    `compiled` says whether pieces with a gradient go through torch.compile, by default on CUDA.
 
     Returns the sum over terms of weight * mean over all B H W pixels, differentiable once and with
     respect to `logits` alone, and the summands by name, detached. The gradient is computed here
@@ -56,7 +64,10 @@ def pixel_losses(
     if any(len(x) != len(logits) for x in (old_logits, labels) if x is not None):
         raise ValueError("student, teacher and labels are batches of different length")
     with torch.autocast(logits.device.type, enabled=False):
-        values, gradient = _evaluate(list(terms.values()), logits, old_logits, labels, piece_size)
+        values, gradient = _evaluate(
+            tuple(terms.values()), logits, old_logits, labels, piece_size,
+            logits.is_cuda if compiled is None else compiled,
+        )  # fmt: skip
         total = values.sum()
     if gradient is not None:
         total = _WithGradient.apply(logits, total, gradient)
@@ -77,7 +88,7 @@ def predict(logits: Tensor, size: tuple[int, int], piece_size: int | None = None
 
         @torch.no_grad()  # the mode is a thread's own
         def classes(piece: Piece) -> Tensor:
-            return upsampled.interpolate(upsampled.source(piece), piece).argmax(1)[:, 0]
+            return interpolate(*upsampled.operands(piece)).argmax(1)[:, 0]
 
         for piece, result in upsampled.each_piece(classes, piece_size):
             labels[piece.image, piece.rows] = result
@@ -103,69 +114,67 @@ class Upsampled:
         self.vertical = _interpolation(height, size[0], self.maps.dtype, self.maps.device)
         self.horizontal = _interpolation(width, size[1], self.maps.dtype, self.maps.device).T
 
-    def source(self, piece: Piece) -> Tensor:
-        """The part of the small maps that a piece is made of, span C w."""
-        return self.maps[piece.image, piece.span]
-
-    def interpolate(self, source: Tensor, piece: Piece) -> Tensor:
-        """A piece from its source: rows C 1 W, each row of pixels an image of its own."""
-        wide = (source @ self.horizontal).flatten(1)
-        rows = self.vertical[piece.rows, piece.span] @ wide
-        return rows.view(len(rows), -1, 1, self.size[1])
+    def operands(self, piece: Piece) -> Operands:
+        """What `interpolate` makes a piece from."""
+        vertical = self.vertical[piece.rows, piece.span]
+        return self.maps[piece.image, piece.span], vertical, self.horizontal
 
     def each_piece(
-        self, work: Callable[[Piece], Result], piece_size: int | None
+        self, work: Callable[[Piece], Result], piece_size: int | None, threads: bool = True
     ) -> Iterator[tuple[Piece, Result]]:
         """All pieces, of about `piece_size` values, in order, each with work(piece).
 
         On a CPU every core takes whole pieces: threads inside the many short operations of a piece
-        would mostly wait for each other. The results do not depend on the number of threads.
+        would mostly wait for each other, unless they are fused (then `threads` is False). The
+        results do not depend on the number of threads.
         """
         on_cpu = self.maps.device.type == "cpu"
         images, height, channels, _ = self.maps.shape
         most = (piece_size or (CPU_PIECE if on_cpu else DEVICE_PIECE)) // (channels * self.size[1])
         bands = _bands(height, self.size[0], max(1, most))
         pieces = [Piece(image, *band) for image in range(images) for band in bands]
-        threads = torch.get_num_threads()
-        if not on_cpu or threads == 1:
+        cores = torch.get_num_threads()
+        if not (threads and on_cpu) or cores == 1:
             yield from ((piece, work(piece)) for piece in pieces)
             return
         torch.set_num_threads(1)  # also for threads yet to start
         try:
-            with ThreadPoolExecutor(threads) as pool:
+            with ThreadPoolExecutor(cores) as pool:
                 yield from zip(pieces, pool.map(work, pieces), strict=True)
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(cores)
+
+
+def interpolate(source: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
+    """A piece from its operands: rows C 1 W, each row of pixels an image of its own."""
+    rows = vertical @ (source @ horizontal).flatten(1)
+    return rows.view(len(rows), -1, 1, horizontal.shape[1])
 
 
 def _evaluate(
-    terms: list[WeightedTerm],
+    terms: tuple[WeightedTerm, ...],
     logits: Tensor,
     old_logits: Tensor | None,
     labels: Tensor,
     piece_size: int | None,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Weight * mean of each term and, where grad is on, the gradient of their sum, B C h w."""
     size = (labels.shape[1], labels.shape[2])
     student = Upsampled(logits, size)
     teacher = None if old_logits is None else Upsampled(old_logits, size)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    compiled = compiled and with_gradient  # evaluation sees images of any size
+    sums = _compiled_sums if compiled else _sums
 
-    def sums(piece: Piece) -> tuple[Tensor, Tensor | None]:
-        y = labels[piece.image, piece.rows, None].long()
-        with torch.no_grad():
-            x_old = teacher.interpolate(teacher.source(piece), piece) if teacher else None
-        with torch.set_grad_enabled(with_gradient):
-            source = student.source(piece).requires_grad_(with_gradient)
-            x = student.interpolate(source, piece)
-            losses = [weight * term(x, x_old, y) for term, weight in terms]
-            values = torch.stack([loss.sum(dtype=torch.float64) for loss in losses])
-        gradient = torch.autograd.grad(values.sum(), source)[0] if with_gradient else None
-        return values.detach(), gradient
+    def work(piece: Piece) -> tuple[Tensor, Tensor | None]:
+        old = teacher.operands(piece) if teacher else None
+        y = labels[piece.image, piece.rows, None]
+        return sums(terms, student.operands(piece), old, y, with_gradient)
 
     total = torch.zeros(len(terms), dtype=torch.float64, device=logits.device)
     total_gradient = torch.zeros_like(student.maps)
-    for piece, (values, gradient) in student.each_piece(sums, piece_size):
+    for piece, (values, gradient) in student.each_piece(work, piece_size, not compiled):
         total += values
         if gradient is not None:
             total_gradient[piece.image, piece.span] += gradient
@@ -174,6 +183,41 @@ def _evaluate(
     if not with_gradient:
         return means, None
     return means, total_gradient.div_(labels.numel()).permute(0, 2, 1, 3)
+
+
+def _sums(
+    terms: tuple[WeightedTerm, ...],
+    student: Operands,
+    teacher: Operands | None,
+    labels: Tensor,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Over the pixels of a piece, labels rows 1 W: the sum of each term, weighted, in float64, and
+    `with_gradient` that of their total with respect to the student's source (span C w).
+    """
+    source, *matrices = student
+    labels = labels.long()
+    with torch.no_grad():
+        x_old = interpolate(*teacher) if teacher else None
+
+    def sums(source: Tensor) -> tuple[Tensor, Tensor]:
+        x = interpolate(source, *matrices)
+        losses = [weight * term(x, x_old, labels) for term, weight in terms]
+        values = torch.stack([loss.sum(dtype=torch.float64) for loss in losses])
+        return values.sum(), values.detach()
+
+    with torch.set_grad_enabled(with_gradient):
+        if not with_gradient:
+            return sums(source)[1], None
+        if torch.compiler.is_compiling():  # traces torch.func alone, which is the slower one else
+            gradient, values = torch.func.grad(sums, has_aux=True)(source)
+            return values, gradient
+        total, values = sums(source.requires_grad_())
+        return values, torch.autograd.grad(total, source)[0]
+
+
+# A shape is compiled once, at its first piece.
+_compiled_sums = CompiledOrPlain(_sums)
 
 
 class _WithGradient(torch.autograd.Function):

@@ -73,3 +73,8 @@ def obey_parent(worker_id: int) -> None:
 def _exit_after(wait: Callable[[], None]) -> None:
     wait()
     os._exit(0)
+
+
+def lost(error: BaseException) -> bool:
+    """Whether `error` is a loader's about a worker that died, by a signal as a rule."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")

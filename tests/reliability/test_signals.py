@@ -86,6 +86,20 @@ def test_a_signal_to_the_whole_group_spares_the_data_workers(fresh, toy):
     assert not read(folder, 1)["finished"]
 
 
+def test_a_killed_data_worker_ends_the_run_with_a_line(fresh, toy):
+    """What a machine short of memory does."""
+    running = learn(fresh("worker"), toy, "MIB", 1, "--num_workers", 1, "--epochs", 400)
+    running.wait_for("epoch 1/400")
+    workers = [w for server in workers_of(running.processes[0].pid) for w in workers_of(server)]
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    ended = running.wait()
+    assert ended.status == [1], ended.output
+    assert "error: a data worker was killed" in ended.output
+    assert "Traceback" not in ended.output
+
+
 def workers_of(pid: int) -> list[int]:
     with open(f"/proc/{pid}/task/{pid}/children") as children:
         return [int(number) for number in children.read().split()]
