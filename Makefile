@@ -45,8 +45,15 @@ COMPARE ?= --task 15-5 --overlap --backbone resnet18 --no-pretrained --crop_size
 compare: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.compare --data_root $(DATA) $(COMPARE)
 
+# Minutes each; quiet machine, or the ratios mean little. DATA: VOC's layout (default: toy images)
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.loss
+	$(BIN)/python -m benchmarks.ceilings
+	$(BIN)/python -m benchmarks.loss --growth
+	$(BIN)/python -m benchmarks.data $(if $(filter-out data,$(DATA)),--data_root $(DATA))
+	$(BIN)/python -m benchmarks.norm --batch 2
+	$(BIN)/python -m benchmarks.eval
+	$(BIN)/python -m benchmarks.step --crop_size 256 --batch_size 2 --phases
+	$(BIN)/python -m benchmarks.startup
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

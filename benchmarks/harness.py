@@ -18,12 +18,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 Work = Callable[[], Callable[[], object]]
+Result = TypeVar("Result")
 MIB = 2**20
 
 
@@ -77,20 +81,31 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def compare(
-    cases: Mapping[str, tuple[Work, Work]], repeats: int, calls: int, device: str
+    cases: Mapping[str, tuple[Work, Work]],
+    repeats: int,
+    calls: int,
+    device: str,
+    measure: Callable[[Work, int, str], Sample] | None = None,
 ) -> list[Row]:
-    """Measure (ours, plain) of every case in turns; progress goes to stderr."""
+    """Measure (ours, plain) of every case in turns; progress goes to stderr.
+
+    A plain side that several cases share (the same object) is measured once per repeat.
+    """
+    measure = measure or in_fresh_process
     rows = {name: Row(name) for name in cases}
     for repeat in range(repeats):
+        known: dict[int, Sample] = {}
         for name, (ours, plain) in cases.items():
-            print(f"{name}: {repeat + 1} of {repeats}", file=sys.stderr)
-            rows[name].ours.append(in_fresh_process(ours, calls, device))
-            rows[name].plain.append(in_fresh_process(plain, calls, device))
+            print(f"{name}: {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
+            rows[name].ours.append(measure(ours, calls, device))
+            if id(plain) not in known:
+                known[id(plain)] = measure(plain, calls, device)
+            rows[name].plain.append(known[id(plain)])
     return list(rows.values())
 
 
-def report(rows: Sequence[Row], file: Path | None) -> None:
-    """Print the table; write the samples, the summaries and the machine as JSON to `file`."""
+def report(rows: Sequence[Row], file: Path | None, **more: object) -> None:
+    """Print the table; write samples, summaries, machine and `more` as JSON to `file`."""
     columns = list(rows[0].summary())
     width = max(len(row.name) for row in rows)
     print(" " * width, *(f"{column:>13}" for column in columns))
@@ -102,6 +117,7 @@ def report(rows: Sequence[Row], file: Path | None) -> None:
             "command": sys.argv,
             "machine": machine(),
             "cases": [asdict(row) | {"summary": row.summary()} for row in rows],
+            **more,
         }
         file.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -123,8 +139,22 @@ def machine() -> dict[str, object]:
 
 
 def in_fresh_process(work: Work, calls: int, device: str) -> Sample:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_measure, work, calls, device).result()
+    """Time and memory of a `Work`."""
+    return alone(_measure, work, calls, device)
+
+
+def alone(function: Callable[..., Result], *args: object) -> Result:
+    """What the function returns in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=_server()) as pool:
+        return pool.submit(function, *args).result()
+
+
+@cache
+def _server() -> BaseContext:
+    """Starts fresh processes that need not import everything again."""
+    server = get_context("forkserver")
+    server.set_forkserver_preload(["run"])
+    return server
 
 
 def _measure(work: Work, calls: int, device: str) -> Sample:

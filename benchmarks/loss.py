@@ -38,12 +38,14 @@ def inputs(
     return logits.to(device).requires_grad_(), old_logits.to(device), labels.to(device)
 
 
-def ours(logits: Tensor, old_logits: Tensor, labels: Tensor) -> Tensor:
+def ours(
+    logits: Tensor, old_logits: Tensor, labels: Tensor, compiled: bool | None = None
+) -> Tensor:
     terms = {
         "unce": WeightedTerm(UnbiasedCrossEntropy(old_logits.shape[1]), 1.0),
         "unkd": WeightedTerm(UnbiasedKnowledgeDistillation(), KD_WEIGHT),
     }
-    return pixel_losses(terms, logits, old_logits, labels)[0]
+    return pixel_losses(terms, logits, old_logits, labels, compiled=compiled)[0]
 
 
 def plain(logits: Tensor, old_logits: Tensor, labels: Tensor) -> Tensor:
@@ -90,6 +92,7 @@ def main() -> None:
     p.add_argument("--small", type=int, default=32, help="side of the network's logits")
     p.add_argument("--size", type=int, default=512, help="side of the labels")
     p.add_argument("--growth", action="store_true", help="over batch and number of classes")
+    p.add_argument("--compile", action="store_true", help="ours compiled on a CPU, too")
     args = p.parse_args()
     shapes = [(args.batch, args.old, args.new)]
     if args.growth:
@@ -99,7 +102,7 @@ def main() -> None:
     for batch, old, new in shapes:
         shape = (batch, old, new, args.small, args.size, args.device)
         cases[f"batch {batch}, {old} + {new} classes"] = (
-            partial(prepare, ours, *shape),
+            partial(prepare, partial(ours, compiled=args.compile or None), *shape),
             partial(prepare, plain, *shape),
         )
     report(compare(cases, args.repeats, args.calls, args.device), args.json)

@@ -13,7 +13,7 @@ from PIL import Image
 import predict
 import report
 from argparser import Switch, get_parser, parse
-from benchmarks import compare, loss
+from benchmarks import ceilings, compare, data, eval, loss, norm, startup, step
 from dataset import check, splits
 from tests.conftest import ROOT
 
@@ -56,7 +56,9 @@ def test_commands_parse(command: str, garden):
 
 OTHERS = {
     "predict.py": predict, "report.py": report, "dataset.check": check, "dataset.splits": splits,
-    "benchmarks.compare": compare, "benchmarks.loss": loss, "data/make_toy.py": None,
+    "benchmarks.compare": compare, "data/make_toy.py": None,
+    **{f"benchmarks.{m.__name__.split('.')[-1]}": m
+       for m in (ceilings, data, eval, loss, norm, startup, step)},
 }  # fmt: skip
 
 
@@ -70,8 +72,8 @@ def test_commands_of_other_programs_parse(program: str, command: str, monkeypatc
     def stop(self, args=None, namespace=None):
         raise Parsed(original(self, args, namespace))
 
-    original = argparse.ArgumentParser.parse_args
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    original = argparse.ArgumentParser.parse_known_args  # the others call it
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
     argv = arguments(command, program)
     if "--help" not in argv:
         with pytest.raises(Parsed):

@@ -1,0 +1,128 @@
+"""Every benchmark runs, at toy size, and both of its sides compute the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks import ceilings, eval, harness, startup, step
+from tests.conftest import ROOT
+
+TOY_NETWORK = ["--backbone", "resnet18", "--crop_size", "32", "--batch_size", "2"]
+
+
+def start(module, monkeypatch, *argv: str) -> None:
+    """The benchmark's main, which measures in this process."""
+    monkeypatch.setattr(harness, "in_fresh_process", harness._measure)
+    monkeypatch.setattr(sys, "argv", [module.__name__, *argv])
+    module.main()
+
+
+def cases(file) -> list[dict]:
+    return json.loads(file.read_text())["cases"]
+
+
+def test_eval(tmp_path, monkeypatch, capsys):
+    shape = ["--batch", "2", "--classes", "3", "5", "--small", "2", "--size", "8"]
+    file = tmp_path / "eval.json"
+    start(eval, monkeypatch, *shape, "--repeats", "2", "--calls", "1", "--json", str(file))
+    assert [len(case["ours"]) for case in cases(file)] == [2, 2]
+    assert all(case["name"] in capsys.readouterr().out for case in cases(file)[:1])
+
+
+def test_both_sides_of_eval_count_the_same():
+    shape = 2, 5, 3, 40, "cpu"
+    ours, plain = eval.ours(*shape)(), eval.plain(*shape)()
+    assert torch.equal(ours, plain)
+    assert ours.sum() == 2 * 40 * (40 - 40 // 16)
+
+
+def test_step_with_phases(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "alone", lambda function, *args: function(*args))
+    for owner, name in ((step.train, "pixel_losses"), (torch.autograd, "backward")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # phases wraps them
+    file = tmp_path / "step.json"
+    start(
+        step, monkeypatch, "--repeats", "1", "--calls", "1", "--json", str(file), "--phases",
+        "--variants", "off", "off+abn", "--task", "15-5", *TOY_NETWORK,
+    )  # fmt: skip
+    first, second = cases(file)
+    assert first["plain"] == second["plain"]  # measured once
+    seconds = json.loads(file.read_text())["phases"]["off"]
+    assert set(seconds) == {
+        "teacher forward", "student forward", "loss and its gradient", "backward of the network",
+        "optimizer", "the rest",
+    }  # fmt: skip
+    assert all(value > 0 for value in seconds.values())
+    assert "phases of off+abn" in capsys.readouterr().out
+
+
+def test_both_sides_of_step_see_the_same_problem(monkeypatch):
+    """Same weights, same batch: the plain side's loss is the sum of our terms."""
+    flags = ("--task", "15-5", "--norm_act", "std", *TOY_NETWORK)
+    terms = step.ours("off", flags, "cpu")()
+    value = step.plain(flags, "cpu")()
+    assert float(sum(terms.values())) == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize("wrong", ["fp8", "off+turbo"])
+def test_step_names_an_unknown_variant(wrong, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        start(step, monkeypatch, "--variants", wrong)
+    assert f"no such variant: {wrong.removeprefix('off+')}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("side", ["run_until_first_iteration", "plain_until_first_iteration"])
+def test_startup_launches_both_sides(side, tmp_path):
+    data = startup.make_data(tmp_path, 20, 48)
+    argv = ("--data_root", str(data), *startup.FLAGS, *TOY_NETWORK)
+    work = partial(startup.launch, side, False, argv, tmp_path)
+    assert work()() > 50  # MiB
+    assert (tmp_path / startup.LISTS).exists() == side.startswith("run")
+
+
+@pytest.mark.long
+def test_startup(tmp_path, monkeypatch):
+    file = tmp_path / "startup.json"
+    start(
+        startup, monkeypatch, "--images", "20", "--size", "48", "--repeats", "1", "--calls", "1",
+        "--json", str(file), *TOY_NETWORK,
+    )  # fmt: skip
+    names = [case["name"] for case in cases(file)]
+    assert names == ["20 images, no lists", "20 images, lists cached"]
+
+
+def test_startup_says_what_a_failed_launch_said(tmp_path):
+    call = startup.launch("run_until_first_iteration", True, ("--task", "0-0"), tmp_path)
+    with pytest.raises(RuntimeError, match="run_until_first_iteration failed:\n.*0-0"):
+        call()
+
+
+def test_ceilings(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "c.json"
+    start(ceilings, monkeypatch, "--side", "32", "--repeats", "1", "--json", str(file))
+    values = json.loads(file.read_text())["ceilings"]
+    assert all(value > 0 for value in values.values())
+    assert len(capsys.readouterr().out.splitlines()) == len(values) == 3
+
+
+def test_a_fresh_process_measures_time_and_memory():
+    sample = harness.in_fresh_process(partial(partial, torch.ones, 2**22), 1, "cpu")
+    assert 15 < sample.peak < 60
+    assert sample.seconds > 0
+
+
+def test_everything_for_a_gpu_runs_at_toy_size(tmp_path):
+    environment = os.environ | {"TOY": "1", "PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    written = {path.stem for path in (tmp_path / "out").glob("*.json")}
+    assert written == {"ceilings", "step-100-50", "step-15-5", "loss", "norm", "eval"}
+    assert "== eval" in (tmp_path / "out" / "log.txt").read_text()
