@@ -50,6 +50,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.ceilings
 	$(BIN)/python -m benchmarks.loss --growth
 	$(BIN)/python -m benchmarks.data $(if $(filter-out data,$(DATA)),--data_root $(DATA))
+	$(BIN)/python -m benchmarks.data --workers 0 1 2 --samples 256 $(if $(filter-out data,$(DATA)),--data_root $(DATA))
 	$(BIN)/python -m benchmarks.norm --batch 2
 	$(BIN)/python -m benchmarks.eval
 	$(BIN)/python -m benchmarks.step --crop_size 256 --batch_size 2 --phases

@@ -118,16 +118,11 @@ class Training:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status. What a user can mend is a line, not a traceback."""
-    status = attempt(sys.argv[1:] if argv is None else list(argv))
-    gc.collect()  # loaders that an error left open wait for their workers as long as it is possible
-    return status
-
-
-def attempt(arguments: list[str]) -> int:
-    """All steps that were asked for; returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         plans = argparser.parse(arguments)
         device = distributed.init(plans[0].opts.local_rank)
+        torch.set_float32_matmul_precision("highest")  # some containers ask for TF32
         setup_console(distributed.rank(), plans[0].opts.debug)
         for opts, notes in plans:
             if len(plans) > 1 and is_finished_for_all(opts):
@@ -144,7 +139,7 @@ def attempt(arguments: list[str]) -> int:
     except KeyboardInterrupt:  # before there was anything to save
         distributed.shutdown(failed=True)
         return 128 + signal.SIGINT
-    except (UserError, distributed.PeerStopped, RuntimeError) as error:
+    except (UserError, distributed.PeerStopped, RuntimeError, OSError, EOFError) as error:
         if "--debug" in arguments:
             log.exception("stopped")
         if not isinstance(error, distributed.PeerStopped):  # rank 0 says itself why it stopped
@@ -152,6 +147,9 @@ def attempt(arguments: list[str]) -> int:
             if line is None:
                 raise
             print(f"error: {line}", file=sys.stderr)
+        # Frees the loader that was at work, and with it its workers: later, one that is still
+        # starting would find its queues gone, and say so at length.
+        error.__traceback__ = None
         distributed.shutdown(failed=True)
         return 1
     distributed.shutdown()
@@ -565,6 +563,9 @@ def build_learner(
         # learn whether a gradient overflowed.
         fused=True,
     )  # fmt: skip
+    # A fused first step that overflows would leave behind a momentum that nobody has written.
+    for weight in (p for group in optimizer.param_groups for p in group["params"]):
+        optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     scheduler = make_scheduler(
         optimizer, opts.lr_policy, max_iters,
         power=opts.lr_power, decay_step=opts.lr_decay_step, decay_factor=opts.lr_decay_factor,

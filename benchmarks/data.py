@@ -185,9 +185,9 @@ def main() -> None:
                 if args.workers is None:
                     reads = partial(in_turn, ours, *shape, device)
                     cases[f"{name}, {form}"] = reads, partial(in_turn, plain, *shape, device)
-        rows = compare(cases, args.repeats, args.calls, args.device)
-    report(rows, args.json)
+        rows = compare(cases, args)
     rates(rows, len(samples) // args.batch_size * args.batch_size)
+    report(cases, rows, args.json)
 
 
 if __name__ == "__main__":

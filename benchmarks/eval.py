@@ -73,7 +73,7 @@ def main() -> None:
         shape = (args.batch, classes, args.small, args.size, args.device)
         name = f"batch {args.batch}, {classes} classes"
         cases[name] = (partial(ours, *shape), partial(plain, *shape))
-    report(compare(cases, args.repeats, args.calls, args.device), args.json)
+    report(cases, compare(cases, args), args.json)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that matters on one large GPU, in under nine minutes: bash benchmarks/gpu.sh OUT
 #
-# OUT gets a JSON file per benchmark and log.txt. A benchmark that fails or takes too long is
-# reported at the end and does not stop the others. TOY=1 runs all of it at toy size on the CPU.
+# OUT gets a JSON file per benchmark and log.txt. What matters most comes first; a benchmark that
+# fails or runs out of its time is reported at the end and does not stop the others. TOY=1 runs all
+# of it at toy size on the CPU. Run the tests of a GPU before: python -m pytest -k cuda tests
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?usage: bash benchmarks/gpu.sh OUT}
@@ -13,24 +14,29 @@ failed=()
 if [ -n "${TOY:-}" ]; then
   device=cpu
   step="--repeats 1 --calls 1 --backbone resnet18 --crop_size 32 --batch_size 2"
+  first="off"
+  others="off+abn"
+  compiled="off+plain"
   small="--repeats 1 --calls 1"
   ceilings="--side 64"
   loss="--batch 1 --old 3 --new 2 --small 2 --size 32"
   eval="--batch 1 --classes 5 --small 2 --size 32"
   norm="--batch 1 --maps 8x4"
-  precisions="off"
-  networks="off+abn"
 else
   device=cuda
   step="--repeats 1 --calls 8 --backbone resnet101 --crop_size 512 --batch_size 24"
-  small="--repeats 3 --calls 10"
+  first="bf16"
+  others="fp16 off bf16+abn bf16+plain"
+  if "$python" -c "import inplace_abn" 2> /dev/null; then others+=" fp16+package"; fi
+  compiled="bf16+compile"
+  small="--repeats 1 --calls 10"
   ceilings="--side 8192"
   loss=""
   eval="--batch 24"
-  norm=""
-  precisions="bf16 fp16 off"
-  networks="bf16+abn bf16+plain bf16+compile"
+  norm="--batch 24 --dtype bfloat16 --channels_last --maps 256x128 1024x32"
 fi
+ade="--dataset ade --task 100-50"
+voc="--dataset voc --task 15-5 --overlap"
 
 # bench SECONDS NAME MODULE ARGUMENTS...
 bench() {
@@ -43,28 +49,17 @@ bench() {
   fi
 }
 
-# What no machine without a GPU can test.
-cuda_tests() {
-  echo "== tests" | tee -a "$out/log.txt"
-  if ! timeout 60 "$python" -m pytest -q -p no:cacheprovider -k cuda tests/test_metrics.py \
-      tests/test_{norm,norm_triton,pieces,train}.py 2>&1 |
-      tee -a "$out/log.txt"; then
-    failed+=(tests)
-  fi
-}
-
 : > "$out/log.txt"
 # shellcheck disable=SC2086  # the settings above are lists of words
 {
-  [ -n "${TOY:-}" ] || cuda_tests
+  bench 90 step-100-50 step $ade $step --phases --variants $first
+  bench 70 step-15-5 step $voc $step --phases --variants $first
   bench 20 ceilings ceilings $ceilings
-  bench 170 step-100-50 step --dataset ade --task 100-50 $step --phases \
-    --variants $precisions $networks
-  bench 110 step-15-5 step --dataset voc --task 15-5 --overlap $step --phases \
-    --variants ${precisions% off} ${networks##* }
-  bench 70 loss loss $small $loss
-  bench 60 norm norm $small $norm
+  bench 50 loss loss $small $loss
+  bench 130 step-100-50-others step $ade $step --variants $others
+  bench 30 norm norm $small $norm
   bench 30 eval eval $small $eval
+  bench 110 step-100-50-compile step $ade $step --variants $compiled
 }
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed or out of time: ${failed[*]}" | tee -a "$out/log.txt"

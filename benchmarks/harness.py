@@ -33,10 +33,11 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Sample:
-    """One process: seconds of the call (the fastest of `calls`), MiB it needed at its peak."""
+    """One process: seconds of the call (the fastest of `calls`) and memory at its peak, MiB."""
 
     seconds: float
-    peak: float
+    peak: float  # beyond what the preparation had left
+    total: float  # all of it
 
 
 @dataclass
@@ -53,9 +54,9 @@ class Row:
     def summary(self) -> dict[str, float]:
         """Medians: seconds, MiB, and of the paired ratios ours / plain with their range."""
         ratios = self.ratios()
-        peak, plain_peak = (
-            statistics.median(s.peak for s in samples) for samples in (self.ours, self.plain)
-        )
+        sides = (self.ours, self.plain)
+        peak, plain_peak = (statistics.median(s.peak for s in samples) for samples in sides)
+        total, plain_total = (statistics.median(s.total for s in samples) for samples in sides)
         return {
             "ours s": statistics.median(s.seconds for s in self.ours),
             "plain s": statistics.median(s.seconds for s in self.plain),
@@ -65,6 +66,7 @@ class Row:
             "ours MiB": peak,
             "plain MiB": plain_peak,
             "memory ratio": peak / plain_peak if plain_peak else float("nan"),
+            "total ratio": total / plain_total,
         }
 
 
@@ -82,41 +84,60 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def compare(
     cases: Mapping[str, tuple[Work, Work]],
-    repeats: int,
-    calls: int,
-    device: str,
+    args: argparse.Namespace,
     measure: Callable[[Work, int, str], Sample] | None = None,
 ) -> list[Row]:
-    """Measure (ours, plain) of every case in turns; progress goes to stderr.
+    """Measure (ours, plain) of every case in turns, as the flags of `parser` say.
 
-    A plain side that several cases share (the same object) is measured once per repeat.
+    A plain side that several cases share (the same object) is measured once per repeat. Progress
+    goes to stderr, and so does the error of a case that fails, which ends that case alone. The JSON
+    file is written after every measurement, for a benchmark may be stopped.
     """
     measure = measure or in_fresh_process
     rows = {name: Row(name) for name in cases}
-    for repeat in range(repeats):
+    for repeat in range(args.repeats):
         known: dict[int, Sample] = {}
         for name, (ours, plain) in cases.items():
-            print(f"{name}: {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
-            rows[name].ours.append(measure(ours, calls, device))
-            if id(plain) not in known:
-                known[id(plain)] = measure(plain, calls, device)
+            if name not in rows:
+                continue
+            print(f"{name}: {repeat + 1} of {args.repeats}", file=sys.stderr, flush=True)
+            try:
+                sample = measure(ours, args.calls, args.device)
+                if id(plain) not in known:
+                    known[id(plain)] = measure(plain, args.calls, args.device)
+            except Exception as error:  # whatever a GPU, a compiler or a file may lack
+                print(f"{name} failed: {error!r}", file=sys.stderr, flush=True)
+                del rows[name]
+                continue
+            rows[name].ours.append(sample)
             rows[name].plain.append(known[id(plain)])
+            write(list(rows.values()), args.json)
     return list(rows.values())
 
 
-def report(rows: Sequence[Row], file: Path | None, **more: object) -> None:
-    """Print the table; write samples, summaries, machine and `more` as JSON to `file`."""
-    columns = list(rows[0].summary())
-    width = max(len(row.name) for row in rows)
-    print(" " * width, *(f"{column:>13}" for column in columns))
-    for row in rows:
-        cells = (f"{value:13.4g}" for value in row.summary().values())
-        print(f"{row.name:{width}}", *cells)
+def report(
+    cases: Mapping[str, object], rows: Sequence[Row], file: Path | None, **more: object
+) -> None:
+    """Print the table, write the JSON file with `more` in it; SystemExit if a case is missing."""
+    if rows:
+        columns = list(rows[0].summary())
+        width = max(len(row.name) for row in rows)
+        print(" " * width, *(f"{column:>12}" for column in columns))
+        for row in rows:
+            cells = (f"{value:12.4g}" for value in row.summary().values())
+            print(f"{row.name:{width}}", *cells)
+        write(rows, file, **more)
+    if len(rows) < len(cases):
+        sys.exit(f"{len(cases) - len(rows)} of {len(cases)} cases failed")
+
+
+def write(rows: Sequence[Row], file: Path | None, **more: object) -> None:
+    """Samples, summaries, machine and `more` as JSON, if there is a file."""
     if file:
         content = {
             "command": sys.argv,
             "machine": machine(),
-            "cases": [asdict(row) | {"summary": row.summary()} for row in rows],
+            "cases": [asdict(row) | {"summary": row.summary()} for row in rows if row.ours],
             **more,
         }
         file.write_text(json.dumps(content, indent=1) + "\n")
@@ -158,14 +179,22 @@ def _server() -> BaseContext:
 
 
 def _measure(work: Work, calls: int, device: str) -> Sample:
-    """Peak memory of a first call, which also warms up, then the fastest of `calls` more."""
+    """The fastest of `calls` calls, after one to warm up, and the most memory.
+
+    On a GPU that is the memory of the timed calls, because warming up tries out algorithms and
+    compiles. On a CPU it is that of the first one, because what is freed stays with the process.
+    """
     call = work()
     on_gpu = device != "cpu"
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the preparation
-    before = _peak(on_gpu, reset=True)
+    before = _in_use(on_gpu)
     call()
-    peak = _peak(on_gpu) - before
+    if on_gpu:
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    total = _peak(on_gpu)
     times = []
     for _ in range(calls):
         start = time.perf_counter()
@@ -173,15 +202,19 @@ def _measure(work: Work, calls: int, device: str) -> Sample:
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return Sample(min(times), peak)
+    if on_gpu:
+        total = _peak(on_gpu)
+    return Sample(min(times), total - before, total)
 
 
-def _peak(on_gpu: bool, reset: bool = False) -> float:
+def _in_use(on_gpu: bool) -> float:
+    """MiB at present; on a CPU, whose peak has just been forgotten, the most since then."""
+    return torch.cuda.memory_allocated() / MIB if on_gpu else _peak(on_gpu)
+
+
+def _peak(on_gpu: bool) -> float:
     """Most memory that was in use so far, MiB: of the GPU's allocator, or resident."""
     if on_gpu:
-        torch.cuda.synchronize()
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() / MIB
     # Not getrusage: its ru_maxrss starts from that of the parent process.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -105,7 +105,7 @@ def main() -> None:
             partial(prepare, partial(ours, compiled=args.compile or None), *shape),
             partial(prepare, plain, *shape),
         )
-    report(compare(cases, args.repeats, args.calls, args.device), args.json)
+    report(cases, compare(cases, args), args.json)
 
 
 if __name__ == "__main__":

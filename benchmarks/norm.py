@@ -82,7 +82,7 @@ def main() -> None:
             for layer in (InPlaceABN, Plain)
         )
         cases[f"{args.batch} x {channels} x {side} x {side}"] = ours, plain
-    report(compare(cases, args.repeats, args.calls, args.device), args.json)
+    report(cases, compare(cases, args), args.json)
 
 
 if __name__ == "__main__":

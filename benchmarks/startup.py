@@ -82,7 +82,8 @@ def launch(side: str, cached: bool, argv: tuple[str, ...], work: Path) -> Callab
     def call() -> float:
         if not cached:
             shutil.rmtree(work / LISTS, ignore_errors=True)
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        # The plain side knows no GPU.
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         with tempfile.TemporaryFile("w+") as log:
             child = subprocess.Popen(command, cwd=work, env=environment, stdout=log, stderr=log)
             _, status, usage = os.wait4(child.pid, 0)
@@ -101,8 +102,8 @@ def measure(work: Work, calls: int, device: str) -> Sample:
     samples = []
     for _ in range(calls):
         start = time.perf_counter()
-        peak = call()
-        samples.append((time.perf_counter() - start, float(str(peak))))
+        peak = float(str(call()))
+        samples.append((time.perf_counter() - start, peak, peak))
     return Sample(*min(samples))
 
 
@@ -130,7 +131,7 @@ def main() -> None:
                 ours = partial(launch, "run_until_first_iteration", cached, argv, work)
                 what = "lists cached" if cached else "no lists"
                 cases[f"{images} images, {what}"] = (ours, plain)
-        report(compare(cases, args.repeats, args.calls, args.device, measure), args.json)
+        report(cases, compare(cases, args, measure), args.json)
 
 
 if __name__ == "__main__":

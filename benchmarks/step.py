@@ -9,7 +9,8 @@ network in PyTorch's default layout with `nn.BatchNorm2d` and leaky ReLU, normal
 full-size logits, fp16 autocast with a scaler on a GPU, and a look at the loss in every iteration.
 
 A variant is one or more of these words, joined by "+": bf16, fp16, off (the precision); iabn, abn
-(the norm); triton, package, plain (who computes iabn); compile. Memory is beyond both networks.
+(the norm); triton, package, plain (who computes iabn); compile. MiB are beyond both networks, the
+"total ratio" is of all memory.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import argparser
 import run
 import train
 from benchmarks import loss
-from benchmarks.harness import Work, alone, compare, parser, report
+from benchmarks.harness import Row, Work, alone, compare, parser, report
 from dataset import get_spec
 from dataset.transform import normalize
 from modules import norm
@@ -83,7 +84,10 @@ def prepare_ours(
     learner = run.build_learner(context, student, teacher, {}, 1000)
     terms = pixel_terms(opts, context.old_classes)
     objective = Objective(student, teacher, terms, opts.loss_de, context.precision, opts.compile)
-    return learner, objective, random_batch(context, sum(classes))
+    images, labels = random_batch(context, sum(classes))
+    if device != "cpu":  # as `dataset.incremental.collate` has them
+        images = images.contiguous(memory_format=torch.channels_last).pin_memory()
+    return learner, objective, (images, labels)
 
 
 def ours(variant: str, flags: tuple[str, ...], device: str) -> Callable[[], object]:
@@ -165,6 +169,12 @@ def phases(variant: str, flags: tuple[str, ...], device: str, calls: int) -> dic
     return {name: seconds / calls for name, seconds in clock.items()}
 
 
+def images_per_second(row: Row, batch: int) -> tuple[float, float]:
+    """Ours, plain."""
+    summary = row.summary()
+    return batch / summary["ours s"], batch / summary["plain s"]
+
+
 def print_phases(variant: str, seconds: dict[str, float]) -> None:
     total = sum(seconds.values())
     print(f"\nphases of {variant}, {total:.4g} s in all")
@@ -180,6 +190,8 @@ def main() -> None:
     unknown = {word for v in args.variants for word in v.split("+")} - WORDS.keys()
     if unknown:
         p.error(f"no such variant: {', '.join(sorted(unknown))}; words are {', '.join(WORDS)}")
+    if any({"bf16", "package"} <= set(v.split("+")) for v in args.variants):
+        p.error("inplace-abn does not take bf16: plain operations would be measured")
     flags = tuple(rest)
     opts = context_of(flags, args.device).opts
     shared: Work = partial(plain, flags, args.device)
@@ -188,14 +200,18 @@ def main() -> None:
         f"{name} {variant}": (partial(ours, variant, flags, args.device), shared)
         for variant in args.variants
     }
-    rows = compare(cases, args.repeats, args.calls, args.device)
+    rows = compare(cases, args)
     shares = {
         variant: alone(phases, variant, flags, args.device, args.calls)
         for variant in (args.variants if args.phases else [])
+        if f"{name} {variant}" in {row.name for row in rows}
     }
-    report(rows, args.json, phases=shares)
     for variant, seconds in shares.items():
         print_phases(variant, seconds)
+    rates = {row.name: images_per_second(row, opts.batch_size) for row in rows}
+    for name, (mine, other) in rates.items():
+        print(f"{name}: {mine:.4g} images a second, plain {other:.4g}")
+    report(cases, rows, args.json, phases=shares, images_per_second=rates)
 
 
 if __name__ == "__main__":

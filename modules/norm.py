@@ -225,7 +225,7 @@ def _announce() -> None:
     if not torch.cuda.is_available():
         who = "plain operations (no CUDA device)"
     elif _triton() is not None:
-        who = "our Triton kernels"
+        who = "our Triton kernels, where they run"
     elif _package() is not None:
         who = "kernels of inplace-abn for float32 and float16, plain operations otherwise"
     else:

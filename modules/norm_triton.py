@@ -216,7 +216,7 @@ def _undo(y, dy, weight, bias, eps, slope):
     return dz, (z - bias[:, None]) * (1 / scale)[:, None]
 
 
-@triton.jit(do_not_specialize=["images"])
+@triton.jit(do_not_specialize=["images", "pixels"])
 def _statistics(
     x_ptr, partials_ptr, channels, images, pixels, image_stride, channel_stride, pixel_stride,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -269,7 +269,7 @@ def _combine(
     tl.store(var_ptr + c, total + tl.sum(share * delta * delta, 0), c < channels)
 
 
-@triton.jit(do_not_specialize=["images"])
+@triton.jit(do_not_specialize=["images", "pixels"])
 def _normalise(
     x_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, slope,
     channels, images, pixels, image_stride, channel_stride, pixel_stride,
@@ -290,7 +290,7 @@ def _normalise(
     tl.store(x_ptr + offsets, tl.where(z > 0, z, z * slope), mask)
 
 
-@triton.jit(do_not_specialize=["images"])
+@triton.jit(do_not_specialize=["images", "pixels"])
 def _gradient_sums(
     y_ptr, dy_ptr, weight_ptr, bias_ptr, partials_ptr, eps, slope,
     channels, images, pixels, image_stride, channel_stride, pixel_stride,
@@ -317,7 +317,7 @@ def _gradient_sums(
     tl.store(row + channels, sum_dz, c < channels)
 
 
-@triton.jit(do_not_specialize=["images"])
+@triton.jit(do_not_specialize=["images", "pixels"])
 def _input_gradient(
     y_ptr, dy_ptr, dx_ptr, var_ptr, means_ptr, weight_ptr, bias_ptr, eps, slope,
     channels, images, pixels, image_stride, channel_stride, pixel_stride,

@@ -60,7 +60,9 @@ def test_step_with_phases(tmp_path, monkeypatch, capsys):
         "optimizer", "the rest",
     }  # fmt: skip
     assert all(value > 0 for value in seconds.values())
-    assert "phases of off+abn" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "phases of off+abn" in printed
+    assert printed.count("images a second") == 2
 
 
 def test_both_sides_of_step_see_the_same_problem(monkeypatch):
@@ -69,6 +71,15 @@ def test_both_sides_of_step_see_the_same_problem(monkeypatch):
     terms = step.ours("off", flags, "cpu")()
     value = step.plain(flags, "cpu")()
     assert float(sum(terms.values())) == pytest.approx(value, rel=1e-4)
+
+
+def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "step.json"
+    flags = ["--repeats", "1", "--calls", "1", "--json", str(file), "--task", "15-5", *TOY_NETWORK]
+    with pytest.raises(SystemExit, match="1 of 2 cases failed"):
+        start(step, monkeypatch, "--variants", "off+package", "off", *flags)
+    assert [case["name"][-4:] for case in cases(file)] == [" off"]
+    assert "off+package failed: UserError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", ["fp8", "off+turbo"])
@@ -115,6 +126,7 @@ def test_ceilings(monkeypatch, capsys, tmp_path):
 def test_a_fresh_process_measures_time_and_memory():
     sample = harness.in_fresh_process(partial(partial, torch.ones, 2**22), 1, "cpu")
     assert 15 < sample.peak < 60
+    assert sample.total > sample.peak + 50
     assert sample.seconds > 0
 
 
@@ -124,5 +136,6 @@ def test_everything_for_a_gpu_runs_at_toy_size(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     written = {path.stem for path in (tmp_path / "out").glob("*.json")}
-    assert written == {"ceilings", "step-100-50", "step-15-5", "loss", "norm", "eval"}
+    steps = {f"step-{s}" for s in ("100-50", "15-5", "100-50-others", "100-50-compile")}
+    assert written == steps | {"ceilings", "loss", "norm", "eval"}
     assert "== eval" in (tmp_path / "out" / "log.txt").read_text()

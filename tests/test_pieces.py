@@ -15,7 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import harness
 from benchmarks import loss as benchmark
 from utils import pieces
+from utils.compiled import check_compiler
 from utils.constants import IGNORE_INDEX
+from utils.errors import UserError
 from utils.loss import WeightedTerm, cross_entropy
 from utils.methods import METHODS, pixel_terms
 from utils.pieces import _bands, pixel_losses, predict
@@ -160,11 +162,17 @@ def test_backward_scales_and_leaves_the_teacher_alone():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("combination", ["FT", "LWF-MC", "MIB"])
 def test_on_cuda_compiled_pieces_equal_the_plain_form(combination):
+    try:
+        check_compiler(torch.device("cuda"))
+    except UserError as error:
+        pytest.skip(str(error))
     case = [t.cuda() for t in batch((16, 16), (256, 256))]
     terms = terms_of(combination)
     assert_equal(in_pieces(terms, *case), plain(terms, *case), 1e-6)
     assert not pieces._compiled_sums.failed
-    assert torch.equal(predict(case[0], (256, 256)), upsample(case[0], (256, 256)).argmax(1))
+    x = upsample(case[0], (256, 256))
+    chosen = x.gather(1, predict(case[0], (256, 256)).long()[:, None])[:, 0]
+    torch.testing.assert_close(chosen, x.amax(1), rtol=0, atol=1e-4)  # but for near ties
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

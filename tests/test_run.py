@@ -242,7 +242,9 @@ def test_compiled_training_computes_the_same(work, toy, world: int):
         assert done.returncode == 0, done.stderr
         events = EventAccumulator(str(work / "logs" / SETTING / name / "step-1")).Reload()
         curves.append([[e.value for e in events.Scalars(f"train/{t}")] for t in ("ce", "kd", "de")])
-    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-3)
+    first, later = (np.array(curves)[..., i] for i in (0, slice(1, None)))
+    np.testing.assert_allclose(first[1], first[0], rtol=1e-5)
+    np.testing.assert_allclose(later[1], later[0], rtol=2e-2)  # four images, three iterations
 
 
 def test_both_processes_stop_with_one_line_of_ours(work, toy):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import run
+from argparser import parse
 from modules.norm import get_norm
 from segmentation_module import make_model
 from train import Learner, Losses, Objective, Precision, TermLog, to_device
@@ -86,6 +89,39 @@ def test_terms_are_averaged_and_a_bad_one_is_named():
         log.drain()
 
 
+def test_an_overflow_in_the_first_iteration_leaves_no_trace(monkeypatch):
+    """A fused optimizer makes room for the momentum then, and writes nothing into it."""
+    student = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("body", "head", "cls")})
+    expected = copy.deepcopy(student)
+    student.body, student.head, student.cls = student.values()
+    ((opts, _),) = parse(["--lr", "0.1"])
+    precision = Precision(torch.device("cpu"), torch.float16)
+    context = SimpleNamespace(opts=opts, precision=precision)
+    learner = run.build_learner(context, student, None, {}, 10)
+    reference = torch.optim.SGD(
+        expected.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
+    )
+    monkeypatch.setattr(torch, "empty_like", lambda t, **_: torch.full_like(t, 12345.0))
+    for factor in (float("inf"), 1.0):
+        for model in (student, expected):
+            model.zero_grad()
+            loss = factor * sum(p.square().sum() for p in model.parameters())
+            (precision.scaler.scale(loss) if model is student else loss).backward()
+        precision.scaler.step(learner.optimizer)
+        precision.scaler.update()
+    reference.step()
+    torch.testing.assert_close(list(student.parameters()), list(expected.parameters()))
+
+
+def test_an_optimizer_of_another_implementation_goes_on():
+    model = nn.Linear(2, 2)
+    optimizers = [
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=f) for f in (None, True)
+    ]
+    load_optimizer(optimizers[1], optimizers[0].state_dict())
+    assert optimizers[1].param_groups[0]["fused"]
+
+
 def test_a_momentum_in_another_memory_format_is_laid_out_as_its_weight():
     """A run on CUDA, where weights are channels_last, may go on on a CPU, where they are not."""
     there = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
@@ -112,7 +148,9 @@ def test_an_iteration_on_cuda_waits_for_nothing(dtype):
     """From the images in pinned memory to the optimizer, but for what the first one prepares."""
     device = torch.device("cuda")
     student, teacher = (
-        make_model("resnet18", get_norm("iabn"), classes, pooling=2).to(device)
+        make_model("resnet18", get_norm("iabn"), classes, pooling=2)
+        .to(device)
+        .to(memory_format=torch.channels_last)
         for classes in ([16, 5], [16])
     )
     teacher.requires_grad_(False).eval()
@@ -124,7 +162,7 @@ def test_an_iteration_on_cuda_waits_for_nothing(dtype):
         "unkd": WeightedTerm(UnbiasedKnowledgeDistillation(), 10.0),
     }
     objective = Objective(student, teacher, terms, 1.0, precision)
-    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8).pin_memory()
+    images = torch.zeros(2, 64, 64, 3, dtype=torch.uint8).permute(0, 3, 1, 2).pin_memory()
     labels = torch.zeros(2, 64, 64, dtype=torch.uint8).pin_memory()
     for i in range(3):
         torch.cuda.set_sync_debug_mode("error" if i == 2 else "default")
@@ -133,3 +171,4 @@ def test_an_iteration_on_cuda_waits_for_nothing(dtype):
             learner.step(objective, x, y)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in student.parameters())

@@ -137,6 +137,10 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     The state gets the memory format of its weight, which the file may have from another device: a
     fused optimizer walks both in the order in which they lie.
     """
+    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    # Which implementation computes is the program's affair, not the file's.
+    ours = [theirs | {k: own[k] for k in ("foreach", "fused")} for theirs, own in groups]
+    state = state | {"param_groups": ours}
     kinds = [{k: type(v) for k, v in group.items()} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     if kinds != [{k: type(v) for k, v in group.items()} for group in optimizer.param_groups]:

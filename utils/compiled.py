@@ -33,9 +33,9 @@ class CompiledOrPlain:
     def __call__(self, *arguments: Any) -> Any:
         if self.failed:
             return self.function(*arguments)
-        if self.compiled is None:  # not earlier: torch.compile takes a second to import
-            self.compiled = torch.compile(self.function, fullgraph=True, dynamic=False)
         try:
+            if self.compiled is None:  # not earlier: torch.compile takes a second to import
+                self.compiled = torch.compile(self.function, fullgraph=True, dynamic=False)
             return self.compiled(*arguments)
         except torch.OutOfMemoryError:
             raise

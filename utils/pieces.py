@@ -164,7 +164,8 @@ def _evaluate(
     student = Upsampled(logits, size)
     teacher = None if old_logits is None else Upsampled(old_logits, size)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
-    compiled = compiled and with_gradient  # evaluation sees images of any size
+    # Evaluation sees images of any size.
+    compiled = compiled and with_gradient and not _compiled_sums.failed
     sums = _compiled_sums if compiled else _sums
 
     def work(piece: Piece) -> tuple[Tensor, Tensor | None]:

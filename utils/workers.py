@@ -76,5 +76,9 @@ def _exit_after(wait: Callable[[], None]) -> None:
 
 
 def lost(error: BaseException) -> bool:
-    """Whether `error` is a loader's about a worker that died, by a signal as a rule."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+    """Whether `error` is a loader's about a worker that died, by a signal as a rule.
+
+    With pinned memory the thread that pins may be the first to notice.
+    """
+    signs = ("DataLoader worker", "in pin memory thread", "Pin memory thread")
+    return any(sign in str(error) for sign in signs)
