@@ -112,6 +112,8 @@ def plain(flags: tuple[str, ...], device: str) -> Callable[[], object]:
     optimizer = torch.optim.SGD(
         student.parameters(), lr=0.001, momentum=0.9, nesterov=True, weight_decay=1e-4
     )
+    for weight in student.parameters():  # there from the start, as ours is: both count it alike
+        optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     on_gpu = device != "cpu"
     scaler = torch.amp.GradScaler(device, enabled=on_gpu)
     images, labels = random_batch(context, sum(classes))
