@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.harness import machine, parser
+from benchmarks.harness import machine, parser, start
 
 
 def fastest(call: Callable[[], object], calls: int, device: str) -> float:
@@ -57,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import functional as TF
 
 from benchmarks.compare import ROOT
-from benchmarks.harness import Row, Work, compare, parser, report
+from benchmarks.harness import Row, Work, compare, parser, report, start
 from dataset import VOC, label_map
 from dataset.incremental import IncrementalSegmentation, collate
 from dataset.sampler import AUGMENT, TrainBatchSampler, generator
@@ -191,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Work, compare, parser, report
+from benchmarks.harness import Work, compare, parser, report, start
 from metrics import StreamSegMetrics
 from utils.constants import IGNORE_INDEX
 from utils.pieces import predict
@@ -77,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

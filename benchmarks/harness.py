@@ -26,6 +26,8 @@ from typing import TypeVar
 
 import torch
 
+from utils.errors import UserError
+
 Work = Callable[[], Callable[[], object]]
 Result = TypeVar("Result")
 MIB = 2**20
@@ -78,8 +80,24 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("--json", type=Path, metavar="FILE", help="write all samples there too")
     result.add_argument("--repeats", type=int, default=5, help="fresh processes per variant")
     result.add_argument("--calls", type=int, default=2, help="timed calls per process")
-    result.add_argument("--device", default="cpu", help="cpu or cuda")
+    result.add_argument("--device", type=_device, default="cpu", help="cpu or cuda")
     return result
+
+
+def _device(name: str) -> str:
+    if name not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name} is neither cpu nor cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch finds no CUDA device here")
+    return name
+
+
+def start(main: Callable[[], None]) -> None:
+    """A benchmark as a program: what its user can mend is a line, not a traceback."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def compare(

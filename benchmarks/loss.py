@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Work, compare, parser, report
+from benchmarks.harness import Work, compare, parser, report, start
 from utils.constants import IGNORE_INDEX
 from utils.loss import UnbiasedCrossEntropy, UnbiasedKnowledgeDistillation, WeightedTerm
 from utils.pieces import pixel_losses
@@ -109,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

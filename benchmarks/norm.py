@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
-from benchmarks.harness import Work, compare, parser, report
+from benchmarks.harness import Work, compare, parser, report, start
 from modules import norm
 from modules.norm import InPlaceABN
-from utils.errors import UserError
 
 # Channels x height and width: of the stem, and of what mod2 to mod5 have most of
 MAPS = ["64x256", "256x128", "512x64", "256x32", "1024x32", "2048x32"]
@@ -70,10 +69,7 @@ def main() -> None:
     p.add_argument("--kernels", choices=get_args(norm.Kernels), default="auto")
     p.add_argument("--maps", nargs="+", default=MAPS, metavar="CxS", help="channels x side")
     args = p.parse_args()
-    try:
-        norm.use(args.kernels)
-    except UserError as error:
-        p.error(str(error))
+    norm.use(args.kernels)
     cases: dict[str, tuple[Work, Work]] = {}
     for channels, side in (map(int, m.split("x")) for m in args.maps):
         options = ((args.batch, channels, side, side), DTYPES[args.dtype], args.channels_last)
@@ -86,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -29,7 +29,7 @@ from PIL import Image
 import argparser
 import run
 import train
-from benchmarks.harness import Sample, Work, compare, parser, report
+from benchmarks.harness import Sample, Work, compare, parser, report, start
 from dataset import get_spec
 from modules.norm import get_norm
 from segmentation_module import make_model
@@ -135,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

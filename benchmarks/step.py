@@ -27,7 +27,7 @@ import argparser
 import run
 import train
 from benchmarks import loss
-from benchmarks.harness import Row, Work, alone, compare, parser, report
+from benchmarks.harness import Row, Work, alone, compare, parser, report, start
 from dataset import get_spec
 from dataset.transform import normalize
 from modules import norm
@@ -217,4 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

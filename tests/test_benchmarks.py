@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import ceilings, eval, harness, startup, step
+from modules import norm
 from tests.conftest import ROOT
 
 TOY_NETWORK = ["--backbone", "resnet18", "--crop_size", "32", "--batch_size", "2"]
@@ -74,6 +76,7 @@ def test_both_sides_of_step_see_the_same_problem(monkeypatch):
 
 
 def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(norm, "_package", lambda: None)
     file = tmp_path / "step.json"
     flags = ["--repeats", "1", "--calls", "1", "--json", str(file), "--task", "15-5", *TOY_NETWORK]
     with pytest.raises(SystemExit, match="1 of 2 cases failed"):
@@ -121,6 +124,24 @@ def test_ceilings(monkeypatch, capsys, tmp_path):
     values = json.loads(file.read_text())["ceilings"]
     assert all(value > 0 for value in values.values())
     assert len(capsys.readouterr().out.splitlines()) == len(values) == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["step", "--task", "99-9"], "error: unknown task '99-9'"),
+        (["data", "--data_root", "/nowhere"], "error: no data root /nowhere"),
+        (["norm", "--kernels", "package"], "error: In-Place ABN cannot use package here: make"),
+        (["loss", "--device", "tpu"], "tpu is neither cpu nor cuda"),
+    ],
+)
+def test_mistakes_end_in_a_line(argv, line, monkeypatch, capsys):
+    monkeypatch.setattr(norm, "_package", lambda: None)
+    module = importlib.import_module(f"benchmarks.{argv[0]}")
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stopped:
+        harness.start(module.main)
+    assert line in f"{stopped.value.code}{capsys.readouterr().err}"
 
 
 def test_a_fresh_process_measures_time_and_memory():
