@@ -63,9 +63,7 @@ def random_batch(context: run.Context, classes: int) -> Batch:
     labels = torch.randint(old - 1, classes, shape, generator=g)
     labels[labels == old - 1] = 0
     labels[:, : opts.crop_size // 16] = IGNORE_INDEX
-    on_gpu = context.device.type == "cuda"
-    batch = images, labels.to(torch.uint8)
-    return (batch[0].pin_memory(), batch[1].pin_memory()) if on_gpu else batch
+    return images, labels.to(torch.uint8)
 
 
 def prepare_ours(
@@ -85,8 +83,9 @@ def prepare_ours(
     terms = pixel_terms(opts, context.old_classes)
     objective = Objective(student, teacher, terms, opts.loss_de, context.precision, opts.compile)
     images, labels = random_batch(context, sum(classes))
-    if device != "cpu":  # as `dataset.incremental.collate` has them
+    if device != "cpu":  # as `dataset.incremental.collate` and the loader have them
         images = images.contiguous(memory_format=torch.channels_last).pin_memory()
+        labels = labels.pin_memory()
     return learner, objective, (images, labels)
 
 

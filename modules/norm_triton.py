@@ -207,6 +207,12 @@ def _channels(channels, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def _vector(ptr, c, channels, other: tl.constexpr):
+    """The values (BLOCK_C,) of the channels c in float32, `other` beyond the last channel."""
+    return tl.load(ptr + c, c < channels, other).to(tl.float32)
+
+
+@triton.jit
 def _undo(y, dy, weight, bias, eps, slope):
     """dz and x̂, this with the sign of the weight, from a tile of y and dy."""
     positive = y > 0
@@ -280,10 +286,10 @@ def _normalise(
     offsets, mask, _ = _tile(
         tile, c, channels, pixels, image_stride, channel_stride, pixel_stride, BLOCK_P
     )
-    mean = tl.load(mean_ptr + c, c < channels, 0).to(tl.float32)
-    var = tl.load(var_ptr + c, c < channels, 1).to(tl.float32)
-    weight = tl.load(weight_ptr + c, c < channels, 0).to(tl.float32)
-    bias = tl.load(bias_ptr + c, c < channels, 0).to(tl.float32)
+    mean = _vector(mean_ptr, c, channels, 0)
+    var = _vector(var_ptr, c, channels, 1)
+    weight = _vector(weight_ptr, c, channels, 0)
+    bias = _vector(bias_ptr, c, channels, 0)
     gain = (tl.abs(weight) + eps) * tl.rsqrt(var + eps)
     x = tl.load(x_ptr + offsets, mask, 0).to(tl.float32)
     z = (x - mean[:, None]) * gain[:, None] + bias[:, None]
@@ -299,8 +305,8 @@ def _gradient_sums(
     """Σ x̂ dz, with the sign of the weight, and Σ dz of every splits-th tile: (splits, 2, C)."""
     c, split = _channels(channels, BLOCK_C)
     splits = tl.num_programs(0) // tl.cdiv(channels, BLOCK_C)
-    weight = tl.load(weight_ptr + c, c < channels, 1).to(tl.float32)
-    bias = tl.load(bias_ptr + c, c < channels, 0).to(tl.float32)
+    weight = _vector(weight_ptr, c, channels, 1)
+    bias = _vector(bias_ptr, c, channels, 0)
     sum_x_hat_dz = tl.zeros([BLOCK_C], tl.float32)
     sum_dz = tl.zeros([BLOCK_C], tl.float32)
     for tile in range(split, images * tl.cdiv(pixels, BLOCK_P), splits):
@@ -328,16 +334,16 @@ def _input_gradient(
     offsets, mask, _ = _tile(
         tile, c, channels, pixels, image_stride, channel_stride, pixel_stride, BLOCK_P
     )
-    var = tl.load(var_ptr + c, c < channels, 1).to(tl.float32)
-    weight = tl.load(weight_ptr + c, c < channels, 1).to(tl.float32)
-    bias = tl.load(bias_ptr + c, c < channels, 0).to(tl.float32)
+    var = _vector(var_ptr, c, channels, 1)
+    weight = _vector(weight_ptr, c, channels, 1)
+    bias = _vector(bias_ptr, c, channels, 0)
     y = tl.load(y_ptr + offsets, mask, 0).to(tl.float32)
     dy = tl.load(dy_ptr + offsets, mask, 0).to(tl.float32)
     d, x_hat = _undo(y, dy, weight, bias, eps, slope)
     if means_ptr is not None:
         # The sign of the weight in x̂ and in the mean of x̂ dz cancels.
-        mean_x_hat_dz = tl.load(means_ptr + c, c < channels, 0)
-        mean_dz = tl.load(means_ptr + channels + c, c < channels, 0)
+        mean_x_hat_dz = _vector(means_ptr, c, channels, 0)
+        mean_dz = _vector(means_ptr + channels, c, channels, 0)
         d -= mean_dz[:, None] + x_hat * mean_x_hat_dz[:, None]
     gain = (tl.abs(weight) + eps) * tl.rsqrt(var + eps)
     tl.store(dx_ptr + offsets, d * gain[:, None], mask)
