@@ -15,12 +15,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
 from dataset import DATASETS, OWN, get_spec
+from methods.regularizer import KINDS
+from methods.table import METHODS
 from modules.norm import NORMS
 from modules.resnet import STRIDES_AND_DILATIONS, STRUCTURES
 from tasks import Task, check_step
 from utils.errors import UserError
-from utils.methods import METHODS
-from utils.regularizer import KINDS
 
 SYNONYMS = {"--overlapped": "--overlap"}  # typed by the reference's README
 

@@ -27,12 +27,12 @@ from tqdm import tqdm
 import argparser
 from dataset import DATASETS, get_spec
 from dataset.transform import normalize, resize
+from methods.averaging import average_probabilities, predict_average, versions
 from modules.norm import get_norm
 from modules.resnet import STRUCTURES
 from segmentation_module import IncrementalSegmentationModule, load_state, make_model
 from tasks import check_step
 from utils import checkpoint
-from utils.averaging import average_probabilities, predict_average, versions
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.plot import overlay

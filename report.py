@@ -25,12 +25,12 @@ from PIL import Image
 
 import argparser
 from dataset import DATASETS
+from methods.table import METHODS
+from metrics.paper import LISTS, paper_scores
 from tasks import Family, get_task, parse_task
 from utils import results
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.methods import METHODS
-from utils.paper import LISTS, paper_scores
 from utils.plot import Point, line_charts
 
 EXTRAS = ("with background", "forgetting", "average")

@@ -29,6 +29,9 @@ from dataset import StepDatasets, build_datasets, get_spec
 from dataset.incremental import IncrementalSegmentation, collate
 from dataset.sampler import EvalBatchSampler, TrainBatchSampler
 from dataset.spec import DatasetSpec
+from methods.averaging import predict_average, versions
+from methods.regularizer import make_regularizers
+from methods.table import pixel_terms
 from metrics import Scores, StreamSegMetrics, score_rows, to_table
 from modules.norm import get_norm
 from segmentation_module import (
@@ -50,13 +53,10 @@ from train import (
     train_epoch,
 )
 from utils import checkpoint, distributed, workers
-from utils.averaging import predict_average, versions
 from utils.compiled import check_compiler, reset_compiler
 from utils.errors import UserError
 from utils.lock import run_lock
 from utils.logger import Logger, WandbOptions, setup_console
-from utils.methods import pixel_terms
-from utils.regularizer import make_regularizers
 from utils.results import ResultKey, read_results, result_files, write_results
 from utils.scheduler import make_scheduler
 from utils.signals import INTERRUPTED, Interrupted, stop_requests

@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dataset.transform import normalize
+from methods.loss import WeightedTerm, feature_distillation
+from methods.pieces import pixel_losses, predict
+from methods.regularizer import Regularizers
 from metrics import StreamSegMetrics
 from segmentation_module import Output
 from utils import distributed
 from utils.errors import UserError
-from utils.loss import WeightedTerm, feature_distillation
-from utils.pieces import pixel_losses, predict
-from utils.regularizer import Regularizers
 
 Network = Callable[[Tensor], Output]  # images B 3 H W, normalised
 Batch = tuple[Tensor, Tensor]  # images uint8 B 3 H W, labels uint8 B H W

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from methods.table import METHODS
 from tasks import get_task
 from utils.checkpoint import checkpoint_path, setting
-from utils.methods import METHODS
 from utils.results import read_results, result_files
 
 ROOT = Path(__file__).resolve().parent.parent

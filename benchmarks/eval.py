@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Work, compare, parser, report, start
+from methods.pieces import predict
 from metrics import StreamSegMetrics
 from utils.constants import IGNORE_INDEX
-from utils.pieces import predict
 
 
 def inputs(batch: int, classes: int, small: int, size: int, device: str) -> tuple[Tensor, Tensor]:

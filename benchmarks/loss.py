@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import Work, compare, parser, report, start
+from methods.loss import UnbiasedCrossEntropy, UnbiasedKnowledgeDistillation, WeightedTerm
+from methods.pieces import pixel_losses
 from utils.constants import IGNORE_INDEX
-from utils.loss import UnbiasedCrossEntropy, UnbiasedKnowledgeDistillation, WeightedTerm
-from utils.pieces import pixel_losses
 
 KD_WEIGHT = 10.0
 

@@ -30,10 +30,10 @@ from benchmarks import loss
 from benchmarks.harness import Row, Work, alone, compare, parser, report, start
 from dataset import get_spec
 from dataset.transform import normalize
+from methods.table import pixel_terms
 from modules import norm
 from train import Learner, Objective, Precision
 from utils.constants import IGNORE_INDEX
-from utils.methods import pixel_terms
 
 WORDS = {
     "bf16": ["--amp", "bf16"], "fp16": ["--amp", "fp16"], "off": ["--amp", "off"],

@@ -8,9 +8,9 @@ import pytest
 
 from argparser import get_parser
 from argparser import parse as parse_all
+from methods.table import METHODS, pixel_terms
 from tests.conftest import ROOT
 from utils.errors import UserError
-from utils.methods import METHODS, pixel_terms
 
 # The eight rows of SPEC section 7 as the flags that a user would have to type.
 ROWS = {

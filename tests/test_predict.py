@@ -14,12 +14,12 @@ import predict
 from argparser import parse as parse_run
 from dataset import VOC
 from dataset.transform import EvalTransform, normalize, to_tensor
+from methods.averaging import average_probabilities, predict_average, versions
 from modules.norm import get_norm
 from predict import main, network_size, read_rgb, read_size
 from segmentation_module import make_model
 from tasks import get_task
 from utils import checkpoint
-from utils.averaging import average_probabilities, predict_average, versions
 from utils.errors import UserError
 from utils.plot import overlay
 from utils.visual import palette

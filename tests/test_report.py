@@ -13,9 +13,9 @@ from PIL import Image
 
 from dataset import DATASETS
 from metrics import Scores
+from metrics.paper import LISTS, paper_scores
 from report import collect, find_files, lines_of, main, scores_of
 from tasks import get_task
-from utils.paper import LISTS, paper_scores
 from utils.results import ResultKey, write_results
 
 X = float("nan")  # a class without ground truth

@@ -11,13 +11,13 @@ from torch import nn
 
 import run
 from argparser import parse
+from methods.loss import UnbiasedCrossEntropy, UnbiasedKnowledgeDistillation, WeightedTerm
+from methods.regularizer import make_regularizers
 from modules.norm import get_norm
 from segmentation_module import make_model
 from train import Learner, Losses, Objective, Precision, TermLog, to_device
 from utils.checkpoint import load_optimizer
 from utils.errors import UserError
-from utils.loss import UnbiasedCrossEntropy, UnbiasedKnowledgeDistillation, WeightedTerm
-from utils.regularizer import make_regularizers
 from utils.scheduler import poly
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from methods.table import FLAGS as METHOD_FLAGS
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.methods import FLAGS as METHOD_FLAGS
 
 log = logging.getLogger(__name__)
 

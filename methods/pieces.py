@@ -8,7 +8,7 @@ piece at a time, a band of rows of one image, and a B C H W tensor never exists:
 
 where `source` are the few rows of the small map that the band lies between. The gradient of a piece
 with respect to its source is autograd's own, through these two products and the plain terms of
-`utils/loss.py`; what is added here is the sum over pieces.
+`methods/loss.py`; what is added here is the sum over pieces.
 
 Memory is a few pieces, whatever the batch, and nothing waits for the device. The products must be
 true float32, which is torch's default: TF32 would round the interpolation to three digits.
@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from methods.loss import WeightedTerm, at_least_float32
 from utils.compiled import CompiledOrPlain
 from utils.constants import IGNORE_INDEX
-from utils.loss import WeightedTerm, at_least_float32
 
 Result = TypeVar("Result")
 

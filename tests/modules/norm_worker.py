@@ -1,4 +1,4 @@
-"""One rank of the multi-process tests of the norm layers: `python -m tests.norm_worker`.
+"""One rank of the multi-process tests of the norm layers: `python -m tests.modules.norm_worker`.
 
 Arguments: rank, world size, rendezvous file, and the file that the results go to.
 """

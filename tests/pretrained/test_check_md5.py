@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[1] / "pretrained" / "check_md5.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "pretrained" / "check_md5.py"
 
 
 def check(script: Path, *arguments: str) -> tuple[int, str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-SCRIPT = Path(__file__).resolve().parents[1] / "data" / "make_toy.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "data" / "make_toy.py"
 NEW = range(16, 21)  # of a 15-5 task
 
 

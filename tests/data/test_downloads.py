@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = Path(__file__).resolve().parents[2] / "data"
 VOC_TAR = "VOCtrainval_11-May-2012.tar"
 AUG_ZIP = "SegmentationClassAug.zip"
 ADE_ZIP = "ADEChallengeData2016.zip"

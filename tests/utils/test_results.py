@@ -14,7 +14,7 @@ from metrics import Scores, StreamSegMetrics
 from utils.errors import UserError
 from utils.results import ResultKey, read_results, result_files, write_results
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = ["background", "person", "dining table, set", "sofa"]
 
 
@@ -130,7 +130,7 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tests.test_results import NAMES, scores_of
+from tests.utils.test_results import NAMES, scores_of
 from utils.results import ResultKey, write_results
 for step in range(20):
     write_results(Path(sys.argv[1]), "voc-19-1", ResultKey(sys.argv[2], "FT", step, 1),

@@ -10,7 +10,7 @@ import torch
 
 from metrics import StreamSegMetrics, score_rows, to_table
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "metrics.npz")
 
 
 def golden_metrics(dtype: torch.dtype = torch.int64) -> StreamSegMetrics:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from utils.errors import UserError
 from utils.logger import Logger, WandbOptions, setup_console
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def events(logdir: Path) -> EventAccumulator:

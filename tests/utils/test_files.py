@@ -14,7 +14,7 @@ import torch
 from utils.errors import UserError
 from utils.files import atomic_write
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def run(code: str, *arguments: object) -> subprocess.Popen:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from modules import norm
-from tests import norm_triton_worker as worker
-from tests.norm_triton_worker import CASES, Case
-from tests.norm_worker import run_layer
+from tests.modules import norm_triton_worker as worker
+from tests.modules.norm_triton_worker import CASES, Case
+from tests.modules.norm_worker import run_layer
 
 triton = pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
 kernels = pytest.importorskip("modules.norm_triton")
@@ -24,9 +24,9 @@ kernels = pytest.importorskip("modules.norm_triton")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor | None]]:
     file = tmp_path_factory.mktemp("triton") / "results.pt"
     subprocess.run(
-        [sys.executable, "-m", "tests.norm_triton_worker", str(file)],
+        [sys.executable, "-m", "tests.modules.norm_triton_worker", str(file)],
         env=os.environ | {"TRITON_INTERPRET": "1"},  # read when Triton is imported
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         check=True,
         timeout=120,
     )
@@ -196,4 +196,4 @@ def test_layers_on_a_cpu_do_not_import_triton() -> None:
         "layer(torch.randn(2, 3, 4, 4)).sum().backward()\n"
         "assert not {'triton', 'torch._dynamo', 'modules.norm_triton'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])

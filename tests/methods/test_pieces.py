@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import harness
 from benchmarks import loss as benchmark
-from utils import pieces
+from methods import pieces
+from methods.loss import WeightedTerm, cross_entropy
+from methods.pieces import _bands, pixel_losses, predict
+from methods.table import METHODS, pixel_terms
 from utils.compiled import check_compiler
 from utils.constants import IGNORE_INDEX
 from utils.errors import UserError
-from utils.loss import WeightedTerm, cross_entropy
-from utils.methods import METHODS, pixel_terms
-from utils.pieces import _bands, pixel_losses, predict
 
 OLD, NEW = 4, 3
 OFF = {"icarl_disjoint": False, "icarl_bkg": False, "alpha": 1.0}

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from methods import loss
+from methods.loss import PixelTerm, WeightedTerm
+from methods.pieces import pixel_losses
 from tests.conftest import GOLDEN
-from utils import loss
 from utils.constants import IGNORE_INDEX
-from utils.loss import PixelTerm, WeightedTerm
-from utils.pieces import pixel_losses
 
 TOLERANCE = {"bce": 1e-5, "icarl_disjoint": 1e-5, "icarl_disjoint_bkg": 1e-5}  # others 1e-6
 

@@ -1,6 +1,6 @@
-"""In-Place ABN through our Triton kernels, for `tests/test_norm_triton.py`.
+"""In-Place ABN through our Triton kernels, for `tests/modules/test_norm_triton.py`.
 
-    TRITON_INTERPRET=1 python -m tests.norm_triton_worker FILE
+    TRITON_INTERPRET=1 python -m tests.modules.norm_triton_worker FILE
 
 Computes every case on the CPU, in Triton's interpreter, and saves the results to FILE.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modules import norm
 from modules.norm import InPlaceABN
-from tests.norm_worker import run_layer
+from tests.modules.norm_worker import run_layer
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

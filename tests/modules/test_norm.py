@@ -22,7 +22,7 @@ from benchmarks import norm as benchmark
 from modules import norm
 from modules.norm import ABN, InPlaceABN, get_norm
 from segmentation_module import make_model
-from tests import norm_worker
+from tests.modules import norm_worker
 from utils.errors import UserError
 
 NAMES = ["abn", "abn_sync", "iabn", "iabn_sync"]
@@ -523,11 +523,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     Triton is there for its interpreter, which serves where they force it.
     """
     folder = tmp_path_factory.mktemp("norm")
-    command = [sys.executable, "-m", "tests.norm_worker"]
+    command = [sys.executable, "-m", "tests.modules.norm_worker"]
     processes = [
         subprocess.Popen(
             [*command, str(rank), "2", str(folder / "rendezvous"), str(folder / f"{rank}.pt")],
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
             env=os.environ | {"TRITON_INTERPRET": "1"},
         )
         for rank in range(2)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from methods.regularizer import EWC, PI, RW, make_regularizers
 from utils.errors import UserError
-from utils.regularizer import EWC, PI, RW, make_regularizers
 
 
 def model(seed: int, outputs: int = 3) -> nn.Module:

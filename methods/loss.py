@@ -8,7 +8,7 @@ A term maps `(logits, old_logits, labels)` to one loss per pixel:
     returns     B H W        loss of each pixel; 0 where the term ignores it
 
 The loss of an image batch is the mean of that map over *all* its pixels, ignored ones included,
-so it can be summed piece by piece (`utils/pieces.py`). Nothing here knows options or methods.
+so it can be summed piece by piece (`methods/pieces.py`). Nothing here knows options or methods.
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from methods import pieces
+from methods.loss import WeightedTerm, cross_entropy
 from segmentation_module import Output
-from tests.test_pieces import (
+from tests.methods.test_pieces import (
     NEW,
     OLD,
     assert_equal,
@@ -19,11 +21,9 @@ from tests.test_pieces import (
     terms_of,
 )
 from train import Objective, Precision
-from utils import pieces
 from utils.compiled import CompiledOrPlain, check_compiler, reset_compiler
 from utils.constants import IGNORE_INDEX
 from utils.errors import UserError
-from utils.loss import WeightedTerm, cross_entropy
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"

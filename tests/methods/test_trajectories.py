@@ -19,13 +19,13 @@ import torch.nn.functional as F
 
 import train
 from argparser import parse
+from methods.regularizer import make_regularizers
+from methods.table import METHODS, pixel_terms
 from modules.norm import get_norm
 from segmentation_module import load_state, make_model
 from tests.conftest import GOLDEN
 from tests.reference import batch, fill
 from train import Learner, Objective, Precision
-from utils.methods import METHODS, pixel_terms
-from utils.regularizer import make_regularizers
 from utils.scheduler import poly
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())

@@ -3,7 +3,7 @@
     maps = versions(lambda x: model(x).logits, images, scales=(0.75, 1, 1.25), flip=True)
     classes = predict_average(maps, size)
 
-What is averaged are probabilities at image size, by the mechanism of utils/pieces.py: a B C H W
+What is averaged are probabilities at image size, by the mechanism of methods/pieces.py: a B C H W
 tensor exists only where it is asked for.
 """
 
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from methods.pieces import Piece, Upsampled, interpolate, predict
 from utils.constants import IGNORE_INDEX
-from utils.pieces import Piece, Upsampled, interpolate, predict
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The methods: a row of loss weights each (SPEC section 7).
 
 A ninth method that recombines existing terms is one more row. A new term is one class in
-`utils/loss.py`, one field here and one line in `pixel_terms`.
+`methods/loss.py`, one field here and one line in `pixel_terms`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from utils import loss
-from utils.loss import WeightedTerm
+from methods import loss
+from methods.loss import WeightedTerm
 
 
 @dataclass(frozen=True)
