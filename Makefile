@@ -1,6 +1,6 @@
 # make setup   .venv with everything the program needs
 # make demo    set-up, toy data, FT and MIB on a two-step task (about 5 minutes on 2 cores)
-# make test    set-up, lint, type check, tests
+# make test    set-up, lint, type check, tests; of one room: make test ROOM=methods
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -35,15 +35,28 @@ $(VENV)/.tools: tests/requirements.txt $(VENV)/.installed
 	$(PIP) -r tests/requirements.txt
 	@touch $@
 
-demo: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.demo
+# Both go on where they were stopped: Ctrl-C writes a checkpoint.
+RUN = $(abspath $(BIN))/python $(CURDIR)/run.py --continue_ckpt
 
-# All methods from one step 0: make compare DATA=folder [COMPARE="flags of benchmarks.compare"]
+demo: $(VENV)/.installed demo/toy/.made
+	@cd demo && $(RUN) --data_root toy --task 15-5 --overlap --step all --method FT,MIB --name demo \
+	  --backbone resnet18 --no-pretrained --crop_size 96 --batch_size 8 --epochs 14,10 \
+	  --lr 0.05,0.01 --val_interval 7 --sample_num 4
+	@echo "panels (image | truth | prediction): demo/logs/voc-15-5-ov/<run>/step-1/images"
+	@echo "curves: $(BIN)/tensorboard --logdir demo/logs"
+
+demo/toy/.made: data/make_toy.py | $(VENV)/.installed
+	@$(BIN)/python data/make_toy.py --out demo/toy
+	@touch $@
+
+# All methods from one step 0: make compare DATA=folder [COMPARE="flags of run.py"]
 DATA ?= data
-COMPARE ?= --task 15-5 --overlap --backbone resnet18 --no-pretrained --crop_size 128 \
-  --batch_size 8 --epochs 12 6 --lr 0.05 0.002 --val_interval 100
+COMPARE ?= --dataset voc --task 15-5 --overlap --backbone resnet18 --no-pretrained --crop_size 128 \
+  --batch_size 8 --epochs 12,6 --lr 0.05,0.002 --val_interval 100
 compare: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.compare --data_root $(DATA) $(COMPARE)
+	@mkdir -p compare
+	@cd compare && $(RUN) --data_root $(abspath $(DATA)) --step all --name all \
+	  --method FT,LWF,LWF-MC,ILT,EWC,RW,PI,MIB $(COMPARE)
 
 # Minutes each; quiet machine, or the ratios mean little. DATA: VOC's layout (default: toy images)
 bench: $(VENV)/.installed
@@ -62,8 +75,11 @@ lint: $(VENV)/.tools
 types: $(VENV)/.tools
 	$(BIN)/mypy
 
+# One room in seconds: make test ROOM=methods
+ROOM ?=
 test: lint types
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup \
+	  -m "not long" $(if $(ROOM),tests/$(ROOM),)
 
 test-long: $(VENV)/.tools
 	$(BIN)/python -m pytest -m long

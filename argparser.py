@@ -1,7 +1,8 @@
-"""Every flag of the program, and what a method makes of them.
+"""The command line: every flag is a typed field of `Options` or of a method (`methods/table.py`).
 
 `parse` reads a command line, fills in the method's row and the defaults that depend on other flags,
-and rejects what cannot work. Flags may be typed with `-` or `_`, methods in any case.
+rejects what cannot work, and says which steps of which runs are to be learned, in order. Nothing
+here imports torch, so that `--help` and a mistyped flag answer at once.
 """
 
 from __future__ import annotations
@@ -10,244 +11,321 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
-from dataset import DATASETS, OWN, get_spec
-from methods.regularizer import KINDS
-from methods.table import METHODS
-from modules.norm import NORMS
-from modules.resnet import STRIDES_AND_DILATIONS, STRUCTURES
+from dataset.catalog import DATASETS, OWN, get_spec
+from methods.table import FLAGS as METHOD_FLAGS
+from methods.table import METHODS, NO_METHOD, Method
+from modules.structures import NORMS, STRIDES_AND_DILATIONS, STRUCTURES
 from tasks import Task, check_step
 from utils.errors import UserError
+from utils.flags import Parser, add_flags, flag, flags_of, number, per_step, several
 
 SYNONYMS = {"--overlapped": "--overlap"}  # typed by the reference's README
+PAPER_BATCH = 24  # images in one iteration, over all processes
+_positive = number(float, 0, open_low=True)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with the program's one-line errors and one spelling behind `-` and `_`."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `python run.py --help` lists every flag")
-
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        return super().parse_known_args([_canonical(a) for a in args or ()], namespace)
+def _free(default: Any, help: str, **settings: Any) -> Any:
+    """A flag on which nothing depends that is computed."""
+    return flag(default, help, resume="free", **settings)
 
 
-def _canonical(argument: str) -> str:
-    """`--no-pretrained` -> `--no_pretrained`; the part behind `=` and values stay as they are."""
-    if not argument.startswith("--") or argument == "--":
-        return argument
-    flag, equals, value = argument.partition("=")
-    flag = flag.replace("-", "_").replace("__", "--", 1)
-    return SYNONYMS.get(flag, flag) + equals + value
+@dataclass(frozen=True)
+class Options:
+    """What one step of one run is to do. Flags that depend on others are resolved here."""
 
-
-class Switch(argparse.Action):
-    """`--flag` turns on, `--no_flag` turns off."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
-        flag = option_strings[0]
-        super().__init__([flag, f"--no_{flag[2:]}"], dest, nargs=0, **settings)
-
-    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
-        setattr(namespace, self.dest, not str(option_string).startswith("--no_"))
-
-
-def _number(
-    kind: Callable[[str], Any], low: float, high: float = math.inf, open_low: bool = False
-) -> Callable[[str], Any]:
-    """A type for argparse: `kind` within [low, high], or (low, high] with `open_low`; finite."""
-
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
-            bounds = f"above {low}" if open_low else f"at least {low}"
-            if high < math.inf:
-                bounds += f", at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range ({bounds})")
-        return value
-
-    convert.__name__ = "whole number" if kind is int else "number"
-    return convert
-
-
-def _per_step(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A type for argparse: one value, or `first,later` for step 0 and the steps after it."""
-
-    def pair(text: str) -> Any:
-        first, comma, later = text.partition(",")
-        return (convert(first), convert(later)) if comma else convert(first)
-
-    pair.__name__ = convert.__name__
-    return pair
-
-
-def _regularizers(text: str) -> str:
-    """A type for argparse: one or several kinds, joined by commas."""
-    kinds = text.lower().split(",")
-    if len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(KINDS)}")
-    return ",".join(kinds)
-
-
-def get_parser() -> Parser:
-    """The parser with all flags, grouped; defaults are those of the reference (SPEC section 13)."""
-    parser = Parser(
-        prog="run.py",
-        description="Class-incremental semantic segmentation.",
-        epilog="Exit status: 0 done; 1 failed, with a line that says why; 75 stopped by SIGTERM or "
-        "Ctrl-C with a checkpoint written: the same command with --continue_ckpt goes on.",
+    name: str = _free(
+        "Experiment", "names the checkpoint, the logs and the result rows; with several methods a "
+        "prefix", group="run",
+    )  # fmt: skip
+    dataset: str = flag("voc", "folder = docs/own_data.md", choices=(*DATASETS, OWN), group="run")
+    data_root: str = _free(
+        "data", "folder that holds PascalVOC12 or ADEChallengeData2016, or dataset.json",
+        group="run",
+    )  # fmt: skip
+    task: str = flag("19-1", "B-I: B classes, then I at a time; or a fixed name", group="run")
+    step: int = flag(
+        "0", "steps to learn, one after the other: 2, 0-5, 0,2 or all", group="run"
     )
-    _add_run(parser.add_argument_group("run"))
-    _add_optimisation(parser.add_argument_group("optimisation"))
-    _add_model(parser.add_argument_group("model"))
-    _add_terms(parser.add_argument_group("terms (a method sets them; a flag given here wins)"))
-    _add_evaluation(parser.add_argument_group("evaluation"))
-    _add_logging(parser.add_argument_group("logging"))
-    return parser
+    overlap: bool = flag(
+        False, "overlapped setting (also --overlapped)", resume="identity", group="run"
+    )
+    method: Method = flag(
+        None, "a row of terms, any case; several, joined by commas, share what they can of step 0: "
+        + ", ".join(METHODS), parse=several(METHODS, upper=True), resume="identity", group="run",
+    )  # fmt: skip
+    recipe: str | None = _free(
+        None, "fill in what the authors used and you did not set: 24 images in total, "
+        "lr 0.01,0.001, 30 epochs (ade 60), crop 512", choices=("paper",), group="run",
+    )  # fmt: skip
+    base: str | None = _free(
+        None, "share step 0: it is learned once under this name, for all runs and tasks",
+        group="run",
+    )  # fmt: skip
+    restart: bool = _free(False, "learn steps again that are finished", group="run")
+    step_ckpt: str | None = _free(
+        None, "start the step from this checkpoint of the step before", group="run"
+    )
+    test: bool = _free(False, "evaluate a checkpoint, train nothing", group="run")
+    ckpt: str | None = _free(
+        None, "checkpoint for --test or --continue_ckpt instead of the run's own", group="run"
+    )
+    continue_ckpt: bool = _free(
+        False, "go on with an interrupted run of this step", group="run"
+    )
+    random_seed: int = flag(
+        42, "of weights and data", parse=number(int, 0, 2**63 - 1), resume="identity", group="run"
+    )
+    num_workers: int = _free(1, "data processes per process", parse=number(int, 0), group="run")
+    deterministic: bool = _free(False, "same bits every time on CUDA; slower", group="run")
+    local_rank: int | None = _free(
+        None, "set by the launcher", parse=number(int, 0), group="run"
+    )
 
+    epochs: int = flag(
+        30, "passes over a step's images; 'a,b': a at step 0, b later",
+        parse=per_step(number(int, 1)), group="optimisation",
+    )  # fmt: skip
+    batch_size: int = _free(4, "images per process", parse=number(int, 1), group="optimisation")
+    crop_size: int = flag(
+        512, "side of a training crop, pixels", parse=number(int, 32), group="optimisation"
+    )
+    lr: float = flag(
+        0.007, "initial learning rate; 'a,b': a at step 0, b later",
+        parse=per_step(_positive), group="optimisation",
+    )  # fmt: skip
+    momentum: float = flag(
+        0.9, "of SGD (Nesterov)", parse=number(float, 0, 1), group="optimisation"
+    )
+    weight_decay: float = flag(1e-4, "of SGD", parse=number(float, 0), group="optimisation")
+    lr_policy: str = flag(
+        "poly", "schedule, per iteration", choices=("poly", "step"), group="optimisation"
+    )
+    lr_power: float = flag(
+        0.9, "exponent of the poly schedule", parse=_positive, group="optimisation"
+    )
+    lr_decay_step: int = flag(
+        5000, "iterations between decays", parse=number(int, 1), group="optimisation"
+    )
+    lr_decay_factor: float = flag(
+        0.1, "of the step schedule", parse=_positive, group="optimisation"
+    )
+    amp: str = flag(
+        "auto", "mixed precision; auto: bf16 where the GPU has it, else fp16; off on CPU",
+        choices=("auto", "bf16", "fp16", "off"), group="optimisation",
+    )  # fmt: skip
+    compile: bool = flag(
+        False, "torch.compile student and teacher: minutes at the start, for long runs (the loss "
+        "is compiled on CUDA in any case)", group="optimisation",
+    )  # fmt: skip
 
-def _add_run(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--name", default="Experiment", help="names the checkpoint, the logs and the result rows")
-    add("--dataset", default="voc", choices=(*DATASETS, OWN), help="folder = docs/own_data.md")
-    add("--data_root", default="data",
-        help="folder that holds PascalVOC12 or ADEChallengeData2016, or dataset.json")  # fmt: skip
-    add("--task", default="19-1", help="B-I: B classes, then I at a time; or a fixed name")
-    add("--step", default="0", help="steps to learn, one after the other: 2, 0-5, 0,2 or all")
-    add("--overlap", action="store_true", help="overlapped setting (also --overlapped)")
-    add("--method", type=str.upper, choices=tuple(METHODS), help="a row of terms; any case")
-    add("--recipe", choices=("paper",), help="fill in what the authors used and you did not set: "
-        "24 images in total, lr 0.01,0.001, 30 epochs (ade 60), crop 512")
-    add("--base", help="share step 0: it is learned once under this name, for all runs and tasks")
-    add("--restart", action="store_true", help="learn steps again that are finished")
-    add("--step_ckpt", help="start the step from this checkpoint of the step before")
-    add("--test", action="store_true", help="evaluate a checkpoint, train nothing")
-    add("--ckpt", help="checkpoint for --test or --continue_ckpt instead of the run's own")
-    add("--continue_ckpt", action="store_true", help="go on with an interrupted run of this step")
-    add("--random_seed", type=_number(int, 0, 2**63 - 1), default=42, help="of weights and data")
-    add("--num_workers", type=_number(int, 0), default=1, help="data processes per process")
-    add("--deterministic", action="store_true", help="same bits every time on CUDA; slower")
-    add("--local_rank", type=_number(int, 0), help="set by the launcher")
+    backbone: str = flag("resnet101", "the body", choices=tuple(STRUCTURES), group="model")
+    output_stride: int = flag(
+        16, "image pixels per logit pixel", parse=int, group="model",
+        choices=tuple(sorted(STRIDES_AND_DILATIONS)),
+    )  # fmt: skip
+    norm_act: str = flag("iabn_sync", "normalisation and activation", choices=NORMS, group="model")
+    pretrained: bool = _free(
+        True, "ImageNet weights at step 0", negatable=True, group="model"
+    )
+    pooling: int = flag(
+        None, "pooling window of the head in eval (default crop_size / output_stride)",
+        parse=number(int, 1), group="model",
+    )  # fmt: skip
 
+    crop_val: bool = flag(
+        True, "validate and test on centre crops", negatable=True, group="evaluation"
+    )
+    tta: bool = _free(
+        False, "test once more, averaged over three scales and mirrored images",
+        group="evaluation",
+    )  # fmt: skip
+    val_on_trainset: bool = flag(
+        False, "validate and test on the whole train list", group="evaluation"
+    )
+    cross_val: bool = flag(
+        False, "validate on a held-out fifth of the train list", group="evaluation"
+    )
+    mask: bool = flag(
+        True, "old classes become background in training (--no_mask keeps them)",
+        negatable=True, resume="identity", group="evaluation",
+    )  # fmt: skip
+    val_interval: int = _free(
+        1, "epochs between validations", parse=number(int, 1), group="evaluation"
+    )
+    ckpt_interval: int = _free(
+        1, "epochs between checkpoints", parse=number(int, 1), group="evaluation"
+    )
 
-def _add_optimisation(group: argparse._ArgumentGroup) -> None:
-    add, positive = group.add_argument, _number(float, 0, open_low=True)
-    add("--epochs", type=_per_step(_number(int, 1)), default=30,
-        help="passes over a step's images; 'a,b': a at step 0, b later")  # fmt: skip
-    add("--batch_size", type=_number(int, 1), default=4, help="images per process")
-    add("--crop_size", type=_number(int, 32), default=512, help="side of a training crop, pixels")
-    add("--lr", type=_per_step(positive), default=0.007,
-        help="initial learning rate; 'a,b': a at step 0, b later")  # fmt: skip
-    add("--momentum", type=_number(float, 0, 1), default=0.9, help="of SGD (Nesterov)")
-    add("--weight_decay", type=_number(float, 0), default=1e-4, help="of SGD")
-    add("--lr_policy", default="poly", choices=("poly", "step"), help="schedule, per iteration")
-    add("--lr_power", type=positive, default=0.9, help="exponent of the poly schedule")
-    add("--lr_decay_step", type=_number(int, 1), default=5000, help="iterations between decays")
-    add("--lr_decay_factor", type=positive, default=0.1, help="of the step schedule")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"),
-        help="mixed precision; auto: bf16 where the GPU has it, else fp16; off on CPU")  # fmt: skip
-    add("--compile", action="store_true", help="torch.compile student and teacher: minutes at the "
-        "start, for long runs (the loss is compiled on CUDA in any case)")
+    logdir: str = _free("./logs", "where curves and result tables go", group="logging")
+    visualize: bool = _free(True, "write TensorBoard files", negatable=True, group="logging")
+    sample_num: int = _free(0, "panels per validation", parse=number(int, 0), group="logging")
+    print_interval: int = _free(
+        10, "iterations between log points", parse=number(int, 1), group="logging"
+    )
+    debug: bool = _free(False, "talk more, on every rank, with tracebacks", group="logging")
+    wandb: bool = _free(False, "log to Weights & Biases as well", group="logging")
+    wandb_project: str = _free("incremental-segmentation", "project there", group="logging")
+    wandb_entity: str | None = _free(None, "team or user there", group="logging")
 
+    def record(self) -> dict[str, Any]:
+        """Flag -> value, those of the method beside the others: what a checkpoint keeps."""
+        own = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        name = None if self.method.name == NO_METHOD.name else self.method.name
+        return {**own, "method": name, **self.method.flags()}
 
-def _add_model(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--backbone", default="resnet101", choices=tuple(STRUCTURES), help="the body")
-    add("--output_stride", type=int, default=16, choices=tuple(sorted(STRIDES_AND_DILATIONS)),
-        help="image pixels per logit pixel")  # fmt: skip
-    add("--norm_act", default="iabn_sync", choices=NORMS, help="normalisation and activation")
-    add("--pretrained", action=Switch, default=True, help="ImageNet weights at step 0")
-    add("--pooling", type=_number(int, 1),
-        help="pooling window of the head in eval (default crop_size / output_stride)")  # fmt: skip
-    add("--fix_bn", action="store_true", help="freeze statistics, weights and biases of all norms")
-    add("--freeze", action="store_true", help="freeze the body")
-
-
-def _add_terms(group: argparse._ArgumentGroup) -> None:
-    add, weight = group.add_argument, _number(float, 0)
-    add("--bce", action=Switch, default=False, help="binary instead of softmax cross-entropy")
-    add("--unce", action=Switch, default=False, help="unbiased cross-entropy (MiB)")
-    add("--loss_kd", type=weight, default=0.0, help="weight of the output distillation")
-    add("--unkd", action=Switch, default=False, help="output distillation is unbiased (MiB)")
-    add("--alpha", type=_number(float, 0, open_low=True), default=1.0,
-        help="factor on the teacher's logits in the distillation")  # fmt: skip
-    add("--loss_de", type=weight, default=0.0, help="weight of the feature distillation (ILT)")
-    add("--init_balanced", action=Switch, default=False, help="classifier initialisation of MiB")
-    add("--icarl", action=Switch, default=False, help="distillation of iCaRL beside BCE")
-    add("--icarl_importance", type=weight, default=1.0, help="weight of --icarl")
-    add("--icarl_disjoint", action="store_true", help="iCaRL as one BCE with the teacher's targets")
-    add("--icarl_bkg", action="store_true", help="--icarl_disjoint, background keeps its label")
-    add("--regularizer", type=_regularizers,
-        help="penalty on changed weights: ewc, rw or pi; at step 0 also several, comma-separated, "
-        "whose importances are collected")  # fmt: skip
-    add("--reg_importance", type=weight, default=1.0, help="weight of the penalty")
-    add("--reg_alpha", type=_number(float, 0, 1), default=0.9, help="update rate of the Fisher")
-    add("--reg_iterations", type=_number(int, 1), default=10, help="iterations between RW scores")
-    add("--reg_no_normalize", action="store_true", help="use importances as they are stored")
-
-
-def _add_evaluation(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--crop_val", action=Switch, default=True, help="validate and test on centre crops")
-    add("--tta", action="store_true",
-        help="test once more, averaged over three scales and mirrored images")  # fmt: skip
-    add("--val_on_trainset", action="store_true", help="validate and test on the whole train list")
-    add("--cross_val", action="store_true", help="validate on a held-out fifth of the train list")
-    add("--mask", action=Switch, default=True,
-        help="old classes become background in training (--no_mask keeps them)")  # fmt: skip
-    add("--val_interval", type=_number(int, 1), default=1, help="epochs between validations")
-    add("--ckpt_interval", type=_number(int, 1), default=1, help="epochs between checkpoints")
-
-
-def _add_logging(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--logdir", default="./logs", help="where curves and result tables go")
-    add("--visualize", action=Switch, default=True, help="write TensorBoard files")
-    add("--sample_num", type=_number(int, 0), default=0, help="panels per validation")
-    add("--print_interval", type=_number(int, 1), default=10, help="iterations between log points")
-    add("--debug", action="store_true", help="talk more, on every rank, with tracebacks")
-    add("--wandb", action="store_true", help="log to Weights & Biases as well")
-    add("--wandb_project", default="incremental-segmentation", help="project there")
-    add("--wandb_entity", help="team or user there")
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Options:
+        """The options of a `record`; flags that an older program did not write have defaults."""
+        known = default_record() | dict(record)
+        row = METHODS.get(str(known["method"]), NO_METHOD)
+        method = Method(row.name, row.paper, **{name: known[name] for name in METHOD_FLAGS})
+        own = {entry.name: known[entry.name] for entry in fields(cls)}
+        return cls(**own | {"method": method})
 
 
 class Plan(NamedTuple):
     """One step to learn, or one checkpoint to test: final options, remarks worth logging."""
 
-    opts: argparse.Namespace
+    opts: Options
     notes: list[str]
+
+
+def get_parser() -> Parser:
+    """The parser with all flags, grouped; defaults are those of the reference."""
+    parser = Parser(
+        prog="run.py",
+        synonyms=SYNONYMS,
+        description="Class-incremental semantic segmentation.",
+        epilog="Exit status: 0 done; 1 failed, with a line that says why; 75 stopped by SIGTERM or "
+        "Ctrl-C with a checkpoint written: the same command with --continue_ckpt goes on.",
+    )
+    groups: dict[str, list[Any]] = {}
+    for entry in flags_of(Options):
+        groups.setdefault(entry.metadata["group"], []).append(entry)
+        if entry.name == "pooling":  # the last of the model's: a method's flags come next
+            groups["terms (a method sets them; a flag given here wins)"] = list(flags_of(Method))
+    for title, entries in groups.items():
+        add_flags(parser.add_argument_group(title), entries)
+    return parser
+
+
+def default_record() -> dict[str, Any]:
+    """The record of an empty command line."""
+    return parse([])[0].opts.record()
 
 
 def parse(argv: Sequence[str]) -> list[Plan]:
     """Command line -> what to do, in order. Raises UserError."""
     parser = get_parser()
-    typed = parser.parse_args(list(argv))
+    typed = vars(parser.parse_args(list(argv)))
     # Defaults fill only what a namespace lacks, so in this one only typed flags are not None.
-    bare = argparse.Namespace(**dict.fromkeys(vars(typed)))
-    given = {k for k, v in vars(parser.parse_args(list(argv), bare)).items() if v is not None}
-    task = get_spec(typed.dataset, typed.data_root).task(typed.task)
-    plans: list[Plan] = []
-    steps = step_numbers(typed.step, task)
-    if typed.ckpt and len(steps) > 1:
+    bare = argparse.Namespace(**dict.fromkeys(typed))
+    given = {k: v for k, v in vars(parser.parse_args(list(argv), bare)).items() if v is not None}
+    task = get_spec(typed["dataset"], typed["data_root"]).task(typed["task"])
+    steps = step_numbers(typed["step"], task)
+    if typed["ckpt"] and len(steps) > 1:
         raise UserError("--ckpt is one file and --step names several steps: name one step")
-    for step in steps:
-        opts = argparse.Namespace(**vars(typed))
-        opts.step = step
-        if step > steps[0]:
-            opts.step_ckpt = None  # the step before is this command's own
-        plans.append(Plan(opts, resolve(opts, given, task)))
-        if opts.base and step == 0 and not opts.test:
-            # Learned as a run of its own; then tested as this run's step 0, for its table.
-            tested = argparse.Namespace(**{**vars(opts), "test": True, "continue_ckpt": False})
-            opts.name = opts.base
-            plans.append(Plan(tested, []))
-    return plans
+    names = typed["method"].split(",") if typed["method"] else [NO_METHOD.name]
+    make = _several_methods if len(names) > 1 else _one_method
+    return list(make(_Command(typed, given, task, steps), names))
+
+
+class _Command(NamedTuple):
+    """A command line as it was typed."""
+
+    values: dict[str, Any]  # of all flags of the parser
+    given: dict[str, Any]  # of the flags that the user typed
+    task: Task
+    steps: list[int]
+
+    def plan(self, step: int, method: str | Method, **changes: Any) -> Plan:
+        """A step with a method (of the table by its name), some options changed."""
+        if step > self.steps[0]:
+            changes = {"step_ckpt": None} | changes  # the step before is this command's own
+        values, notes = self._values(step)
+        values |= changes
+        if isinstance(method, str):
+            method, more = self._method(method)
+            notes += more
+        method.check(step)
+        opts = Options(**values | {"method": method})
+        _reject_conflicts(opts)
+        if step == 0 and (idle := method.idle_at_step_0()):
+            notes.append(f"step 0 has no teacher: {', '.join('--' + f for f in idle)} idle")
+        return Plan(opts, notes)
+
+    def _values(self, step: int) -> tuple[dict[str, Any], list[str]]:
+        """The options of a step but for the method, what depends on others resolved."""
+        values = {entry.name: self.values[entry.name] for entry in fields(Options)}
+        notes: list[str] = []
+        if values["recipe"]:
+            notes = _follow_recipe(values, self.given)
+        for name in ("lr", "epochs"):
+            if isinstance(values[name], tuple):
+                values[name] = values[name][min(step, 1)]
+        if values["pooling"] is None:
+            values["pooling"] = round(values["crop_size"] / values["output_stride"])
+        return values | {"task": self.task.name, "step": step}, notes
+
+    def _method(self, name: str) -> tuple[Method, list[str]]:
+        """A row of the table on this task, the flags that the user typed put in."""
+        row = METHODS.get(name, NO_METHOD).at(self.task.dataset, self.task.name)
+        typed = {flag: self.given[flag] for flag in METHOD_FLAGS if flag in self.given}
+        notes = [
+            f"--{flag} {value} replaces {name}'s own value {getattr(row, flag)}"
+            for flag, value in typed.items()
+            if name != NO_METHOD.name and getattr(row, flag) != value
+        ]
+        method, implied = replace(row, **typed).completed()
+        return method, notes + implied
+
+
+def _one_method(command: _Command, names: Sequence[str]) -> Iterator[Plan]:
+    """Every step; a step 0 under `--base` is learned as a run of its own, then tested as ours."""
+    (name,) = names
+    for step in command.steps:
+        base = command.values["base"]
+        if base is None or step > 0 or command.values["test"]:
+            yield command.plan(step, name)
+        else:
+            yield command.plan(step, name, name=base)
+            opts = command.plan(step, name).opts
+            yield Plan(replace(opts, test=True, continue_ckpt=False), [])
+
+
+def _several_methods(command: _Command, names: Sequence[str]) -> Iterator[Plan]:
+    """Step 0 once for all methods that agree on it, then each later step of each method."""
+    prefix, given_base = command.values["name"], command.values["base"]
+    if command.values["step_ckpt"] or command.values["ckpt"]:
+        raise UserError("--step_ckpt and --ckpt are of one run: name one --method beside them")
+    methods = {name: command._method(name)[0] for name in names}
+    groups: dict[Method, list[str]] = {}
+    for name, method in methods.items():
+        groups.setdefault(method.at_step_0(), []).append(name)
+    bases: dict[str, str | None] = {}
+    shared = 0
+    for first, members in groups.items():
+        base = None
+        if len(members) > 1:
+            base = (given_base or f"{prefix}-base") + (f"-{shared}" if shared else "")
+            shared += 1
+            if 0 in command.steps:
+                yield command.plan(0, _collecting(first, methods, members), name=base, base=base)
+        bases |= dict.fromkeys(members, base)
+    for name in names:
+        for step in command.steps:
+            if step > 0 or bases[name] is None:
+                yield command.plan(step, name, name=f"{prefix}-{name}", base=bases[name])
+
+
+def _collecting(first: Method, methods: Mapping[str, Method], members: Sequence[str]) -> Method:
+    """The shared step 0, with the regularisers of all whose importances it collects."""
+    kinds = dict.fromkeys(kind for name in members if (kind := methods[name].regularizer))
+    return replace(first, regularizer=",".join(kinds) or None)
 
 
 def step_numbers(text: str, task: Task) -> list[int]:
@@ -265,43 +343,8 @@ def step_numbers(text: str, task: Task) -> list[int]:
     return sorted(steps)
 
 
-def resolve(opts: argparse.Namespace, given: set[str], task: Task) -> list[str]:
-    """Complete the options of one step in place; `given` names the flags that the user typed.
-
-    The recipe and the method's row fill what the user left alone. Returns remarks for the log;
-    raises UserError for flags that contradict each other.
-    """
-    notes: list[str] = []
-    opts.task = task.name
-    if opts.recipe:
-        notes += _follow_recipe(opts, given)
-    for flag in ("lr", "epochs"):
-        value = getattr(opts, flag)
-        if isinstance(value, tuple):
-            setattr(opts, flag, value[min(opts.step, 1)])
-    if opts.method is not None:
-        for flag, value in METHODS[opts.method].flags(task.name).items():
-            if flag not in given:
-                setattr(opts, flag, value)
-            elif getattr(opts, flag) != value:
-                mine = getattr(opts, flag)
-                notes.append(f"--{flag} {mine} replaces {opts.method}'s own value {value}")
-    if opts.pooling is None:
-        opts.pooling = round(opts.crop_size / opts.output_stride)
-    _imply(opts, notes)
-    _reject_conflicts(opts)
-    if opts.step == 0:
-        idle = [f for f in ("loss_kd", "loss_de", "icarl", "init_balanced") if getattr(opts, f)]
-        if idle:
-            notes.append(f"step 0 has no teacher: {', '.join('--' + f for f in idle)} idle")
-    return notes
-
-
-PAPER_BATCH = 24  # images in one iteration, over all processes
-
-
-def _follow_recipe(opts: argparse.Namespace, given: set[str]) -> list[str]:
-    """What the authors used, where the user set nothing (SPEC section 9)."""
+def _follow_recipe(values: dict[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Put in what the authors used where the user set nothing; returns a remark on the rate."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if "batch_size" not in given and PAPER_BATCH % world:
         raise UserError(
@@ -310,15 +353,13 @@ def _follow_recipe(opts: argparse.Namespace, given: set[str]) -> list[str]:
         )
     recipe: dict[str, Any] = {
         "batch_size": PAPER_BATCH // world, "lr": (0.01, 0.001), "crop_size": 512,
-        "epochs": 60 if opts.dataset == "ade" else 30,
+        "epochs": 60 if values["dataset"] == "ade" else 30,
     }  # fmt: skip
-    for flag, value in recipe.items():
-        if flag not in given:
-            setattr(opts, flag, value)
-    total = opts.batch_size * world
+    values |= {name: value for name, value in recipe.items() if name not in given}
+    total = values["batch_size"] * world
     if total == PAPER_BATCH:
         return []
-    rates = opts.lr if isinstance(opts.lr, tuple) else (opts.lr,) * 2
+    rates = values["lr"] if isinstance(values["lr"], tuple) else (values["lr"],) * 2
     linear = tuple(lr * total / PAPER_BATCH for lr in recipe["lr"])
     if all(math.isclose(a, b) for a, b in zip(rates, linear, strict=True)):
         return []
@@ -326,29 +367,14 @@ def _follow_recipe(opts: argparse.Namespace, given: set[str]) -> list[str]:
     return [f"{total} images per iteration, not {PAPER_BATCH}: the linear rule gives --lr {scaled}"]
 
 
-def _imply(opts: argparse.Namespace, notes: list[str]) -> None:
-    """iCaRL's variants build on each other and on binary cross-entropy."""
-    chain = ("icarl_bkg", "icarl_disjoint", "icarl", "bce")
-    for flag, needed in pairwise(chain):
-        if getattr(opts, flag) and not getattr(opts, needed):
-            setattr(opts, needed, True)
-            notes.append(f"--{flag} implies --{needed}")
-
-
-def _reject_conflicts(opts: argparse.Namespace) -> None:
+def _reject_conflicts(opts: Options) -> None:
     conflicts = (
-        (opts.unce and opts.bce, "--unce is a softmax loss, --bce (or --icarl) is not: drop one"),
-        (opts.unkd and not opts.loss_kd, "--unkd needs a weight: add --loss_kd W with W > 0"),
-        (opts.icarl_disjoint and opts.icarl_importance != 1 and opts.method is None,
-         "--icarl_disjoint is one loss without a weight: drop --icarl_importance"),
         (opts.val_on_trainset and opts.cross_val,
          "--val_on_trainset and --cross_val exclude each other"),
         (opts.test and opts.continue_ckpt, "--test and --continue_ckpt exclude each other"),
         (opts.restart and opts.continue_ckpt, "--restart and --continue_ckpt exclude each other"),
         (opts.ckpt and not (opts.test or opts.continue_ckpt),
          "--ckpt is read by --test or --continue_ckpt; to start a step from it use --step_ckpt"),
-        (opts.step > 0 and "," in (opts.regularizer or ""),
-         "several --regularizer can only collect at step 0: name one"),
         (opts.step_ckpt and opts.step == 0, "step 0 has no step before: drop --step_ckpt"),
         (opts.momentum == 0, "--momentum 0 has no Nesterov form: give a value in (0, 1]"),
         (opts.wandb_entity and not opts.wandb, "--wandb_entity needs --wandb"),

@@ -24,19 +24,20 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import argparser
-from dataset import DATASETS, get_spec
+from argparser import Options
+from argparser import parse as parse_run
+from dataset.catalog import DATASETS, get_spec
 from dataset.transform import normalize, resize
+from engine.checkpoint import load
 from methods.averaging import average_probabilities, predict_average, versions
 from modules.norm import get_norm
-from modules.resnet import STRUCTURES
+from modules.structures import STRUCTURES
 from segmentation_module import IncrementalSegmentationModule, load_state, make_model
 from tasks import check_step
-from utils import checkpoint
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.plot import overlay
-from utils.visual import palette
+from utils.flags import Parser
+from utils.pictures import overlay, palette
 
 # Pillow reads more, some of it by starting other programs.
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Command line -> options. Raises UserError."""
-    parser = argparser.Parser(prog="predict.py", description=__doc__)
+    parser = Parser(prog="predict.py", description=__doc__)
     add = parser.add_argument
     add("inputs", nargs="+", type=Path, metavar="INPUT", help="images, or folders of images")
     add("--ckpt", type=Path, required=True, help="checkpoint of run.py")
@@ -126,32 +127,32 @@ def choose_device(name: str) -> torch.device:
 
 def load_predictor(opts: argparse.Namespace, device: torch.device) -> Predictor:
     """The model of `--ckpt` on `device`, in eval mode."""
-    content = checkpoint.load(opts.ckpt, "check --ckpt")
+    content = load(opts.ckpt, "check --ckpt")
     options, steps = describe(content, opts)
-    dataset, step = options["dataset"], len(steps) - 1
+    step = len(steps) - 1
     model = make_model(
-        options["backbone"],
-        get_norm(options["norm_act"]),
+        options.backbone,
+        get_norm(options.norm_act),
         [len(labels) for labels in steps],
-        output_stride=options["output_stride"],
-        pooling=options["pooling"],
+        output_stride=options.output_stride,
+        pooling=options.pooling,
     )
     load_state(model, content["model_state"], f"checkpoint {opts.ckpt}", "check the flags, if any")
     if not content.get("finished", True):
         print(f"warning: {opts.ckpt} is of an unfinished run, epoch {content['epoch']}")
-    names = content.get("class_names") or get_spec(dataset, options["data_root"]).class_names
+    names = content.get("class_names")
+    if names is None:
+        names = get_spec(options.dataset, options.data_root).class_names
     labels = tuple(label for step_labels in steps for label in step_labels)
-    summary = (f"{opts.ckpt.name}: {dataset} {options['task']}, step {step}, "
-               f"{options['backbone']}, {len(labels)} classes")  # fmt: skip
-    size = options["crop_size"] if options["crop_val"] else 0
+    summary = (f"{opts.ckpt.name}: {options.dataset} {options.task}, step {step}, "
+               f"{options.backbone}, {len(labels)} classes")  # fmt: skip
+    size = options.crop_size if options.crop_val else 0
     return Predictor(
-        model.to(device).eval(), labels, tuple(names), size, options["bce"], summary
+        model.to(device).eval(), labels, tuple(names), size, options.method.bce, summary
     )
 
 
-def describe(
-    content: dict[str, Any], opts: argparse.Namespace
-) -> tuple[dict[str, Any], list[list[int]]]:
+def describe(content: dict[str, Any], opts: argparse.Namespace) -> tuple[Options, list[list[int]]]:
     """Options and labels per step of a checkpoint: its own, or those of the flags if it has none.
 
     Raises UserError for flags that are missing, or not wanted.
@@ -160,8 +161,7 @@ def describe(
     if "options" in content and "steps" in content:
         if given:
             raise UserError(f"{opts.ckpt} knows what it is: drop --{', --'.join(given)}")
-        defaults = vars(argparser.parse([])[0].opts)  # a file of an older program lacks flags
-        return defaults | content["options"], content["steps"]
+        return Options.from_record(content["options"]), content["steps"]
     if missing := [flag for flag in SAYS_OF_ITSELF if flag not in given]:
         raise UserError(
             f"{opts.ckpt} does not say what it is (a checkpoint of the reference?): "
@@ -171,7 +171,7 @@ def describe(
     check_step(task, opts.step)
     flags = ["--dataset", opts.dataset, "--task", opts.task, "--backbone", opts.backbone]
     steps = [list(labels) for labels in task.steps[: opts.step + 1]]
-    return vars(argparser.parse(flags)[0].opts), steps
+    return parse_run(flags)[0].opts, steps
 
 
 # -------------------------------------------------------------------------------- images

@@ -20,12 +20,16 @@ from utils.errors import UserError
 HEAD_CHANNELS = 256
 
 
-class Output(NamedTuple):
-    """What a forward pass returns, all at body resolution (h w = H W / output stride)."""
+# What a forward pass can return beside the logits: the outputs of the body's modules (mod5 is the
+# body's own output), after their activation, and that of the head.
+MAPS = ("mod1", "mod2", "mod3", "mod4", "mod5", "pre_logits")
 
-    logits: Tensor  # B C h w, channels in head order: cls.0, cls.1, ...
-    features: Tensor  # B D h w, of the body
-    pre_logits: Tensor  # B 256 h w, of the head
+
+class Output(NamedTuple):
+    """What a forward pass returns."""
+
+    logits: Tensor  # B C h w, channels in head order; h w = H W / output stride
+    maps: dict[str, Tensor]  # of MAPS, those that were asked for, B D h w each
 
 
 class IncrementalSegmentationModule(nn.Module):
@@ -33,34 +37,36 @@ class IncrementalSegmentationModule(nn.Module):
 
     Args:
         classes_per_step: channels of cls.0, cls.1, ...; the first includes background.
-        fix_bn: normalisation layers keep their statistics, weight and bias.
     """
 
-    def __init__(
-        self, body: ResNet, head: DeeplabV3, classes_per_step: Sequence[int], fix_bn: bool = False
-    ) -> None:
+    def __init__(self, body: ResNet, head: DeeplabV3, classes_per_step: Sequence[int]) -> None:
         super().__init__()
         self.body = body
         self.head = head
         self.cls = nn.ModuleList(nn.Conv2d(HEAD_CHANNELS, n, 1) for n in classes_per_step)
-        self.fix_bn = fix_bn
-        if fix_bn:
-            for norm in self._norms():
-                norm.requires_grad_(False)
+        self._frozen_norms: list[ABN] = []
 
-    def forward(self, images: Tensor) -> Output:
-        """Images B 3 H W, ImageNet-normalised -> logits, body features, pre-logits."""
-        features = self.body(images)
+    def forward(self, images: Tensor, maps: tuple[str, ...] = ()) -> Output:
+        """Images B 3 H W, ImageNet-normalised -> logits and the `maps` asked for, of MAPS."""
+        features, kept = self.body(images, maps)
         pre_logits = self.head(features)
         logits = torch.cat([classifier(pre_logits) for classifier in self.cls], 1)
-        return Output(logits, features, pre_logits)
+        if "pre_logits" in maps:
+            kept["pre_logits"] = pre_logits
+        return Output(logits, kept)
 
     def train(self, mode: bool = True) -> IncrementalSegmentationModule:
         super().train(mode)
-        if self.fix_bn:
-            for norm in self._norms():
-                norm.eval()
+        for norm in self._frozen_norms:
+            norm.eval()
         return self
+
+    def freeze_norms(self) -> None:
+        """Keep statistics, weights and biases of all norms as they are, in training too."""
+        self._frozen_norms = [m for m in self.modules() if isinstance(m, ABN)]
+        for norm in self._frozen_norms:
+            norm.requires_grad_(False)
+            norm.eval()
 
     @torch.no_grad()
     def init_balanced(self) -> None:
@@ -77,9 +83,6 @@ class IncrementalSegmentationModule(nn.Module):
         newest.bias.fill_(bias)
         first.bias[0] = bias
 
-    def _norms(self) -> list[ABN]:
-        return [m for m in self.modules() if isinstance(m, ABN)]
-
 
 def make_model(
     backbone: str,
@@ -88,12 +91,11 @@ def make_model(
     *,
     output_stride: int = 16,
     pooling: int = 32,
-    fix_bn: bool = False,
 ) -> IncrementalSegmentationModule:
     """Build the network with random weights (seed torch beforehand to fix them)."""
     body = ResNet(backbone, norm, output_stride)
     head = DeeplabV3(body.out_channels, HEAD_CHANNELS, norm, output_stride, pooling)
-    return IncrementalSegmentationModule(body, head, classes_per_step, fix_bn)
+    return IncrementalSegmentationModule(body, head, classes_per_step)
 
 
 def load_imagenet_weights(body: nn.Module, path: Path) -> None:

@@ -1,13 +1,11 @@
-"""One epoch of training and one of evaluation. No method names: terms come with their weights."""
+"""The two loops: one epoch of training and one of evaluation."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,100 +14,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dataset.transform import normalize
-from methods.loss import WeightedTerm, feature_distillation
-from methods.pieces import pixel_losses, predict
+from methods.objective import Objective
+from methods.pieces import predict
 from methods.regularizer import Regularizers
 from metrics import StreamSegMetrics
-from segmentation_module import Output
 from utils import distributed
 from utils.errors import UserError
+from utils.precision import Precision
+from utils.signals import Interrupted
 
-Network = Callable[[Tensor], Output]  # images B 3 H W, normalised
 Batch = tuple[Tensor, Tensor]  # images uint8 B 3 H W, labels uint8 B H W
-
-
-@dataclass
-class Precision:
-    """Automatic mixed precision: an autocast context and a loss scaler that may do nothing.
-
-    `dtype` None switches both off. Only float16 needs the scaler.
-    """
-
-    device: torch.device
-    dtype: torch.dtype | None = None
-    scaler: torch.amp.GradScaler = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=self.dtype is torch.float16
-        )
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
-
-
-class Losses(NamedTuple):
-    """One evaluation of an objective."""
-
-    total: Tensor  # scalar, differentiable
-    terms: dict[str, Tensor]  # name -> weighted scalar, detached
-    logits: Tensor  # B C h w, the student's
-
-
-class Objective:
-    """Student + teacher -> one scalar to minimise and its named, weighted terms.
-
-    Args:
-        student: the model, as trained (wrapped for distribution) or bare for validation.
-        teacher: the model of the step before, frozen and in eval mode; None at step 0.
-        terms: pixel terms by name.
-        feature_weight: of the distillation of body features ("de"); 0 leaves it out.
-        compiled: run both networks, and the terms on a CPU too, through torch.compile.
-    """
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        terms: Mapping[str, WeightedTerm],
-        feature_weight: float,
-        precision: Precision,
-        compiled: bool = False,
-    ) -> None:
-        self.student = student
-        self.teacher = teacher
-        run: Callable[[nn.Module], Network] = torch.compile if compiled else lambda module: module
-        self._run_student = run(student)
-        self._run_teacher = run(teacher) if teacher is not None else None
-        self._compile_terms = compiled or None
-        self.terms = terms
-        self.feature_weight = feature_weight if teacher is not None else 0.0
-        self.precision = precision
-
-    def __call__(self, images: Tensor, labels: Tensor) -> Losses:
-        """Images B 3 H W (normalised), labels B H W (head order, IGNORE_INDEX ignored)."""
-        with self.precision.autocast():
-            old = self._ask_teacher(images)  # first, while nothing is kept for a backward pass
-            new = self._run_student(images)
-        total, terms = new.logits.new_zeros(()), dict[str, Tensor]()
-        if self.terms:
-            old_logits = old.logits if old else None
-            total, terms = pixel_losses(
-                self.terms, new.logits, old_logits, labels, compiled=self._compile_terms
-            )
-        if old is not None and self.feature_weight:
-            feature = self.feature_weight * feature_distillation(new.features, old.features)
-            total, terms = total + feature, {**terms, "de": feature.detach()}
-        return Losses(total, terms, new.logits)
-
-    def _ask_teacher(self, images: Tensor) -> Output | None:
-        if self._run_teacher is None:
-            return None
-        with torch.inference_mode():
-            output = self._run_teacher(images)
-        # Copies, because what was made in that mode cannot take part in a gradient.
-        features = output.features.clone() if self.feature_weight else output.features
-        return output._replace(logits=output.logits.clone(), features=features)
 
 
 @dataclass
@@ -121,13 +35,12 @@ class Learner:
     scheduler: LRScheduler
     precision: Precision
     regularizer: Regularizers | None = None
-    reg_importance: float = 1.0
 
     def step(self, objective: Objective, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """One iteration; returns the weighted terms, the penalty ("reg") among them.
+        """One iteration; returns the weighted terms, the regulariser's penalty among them.
 
-        Order (SPEC section 8): backward of the data loss, `update` of the regulariser with its
-        unscaled gradient, gradient of the penalty, optimizer step.
+        Order: backward of the data loss, `update` of the regulariser with its unscaled gradient,
+        gradient of the penalty, optimizer step.
         """
         scaler = self.precision.scaler
         self.optimizer.zero_grad(set_to_none=True)
@@ -138,9 +51,7 @@ class Learner:
             # Only a loss scaler makes gradients overflow as a matter of course; looking waits.
             if not scaler.is_enabled() or self.regularizer.gradients_finite():
                 self.regularizer.update()
-            penalty = self.regularizer.add_penalty_gradient(self.reg_importance)
-            if penalty is not None:
-                terms = {**terms, "reg": penalty}
+            terms = terms | self.regularizer.add_penalty_gradient()
         scaler.step(self.optimizer)
         scaler.update()
         self.scheduler.step()
@@ -200,14 +111,15 @@ def train_epoch(
     epoch: int,
     start: int = 0,
     interval: int = 10,
-    on_iteration: Callable[[int], bool] = lambda iteration: False,
+    on_iteration: Callable[[int], None] = lambda iteration: None,
     on_log: Callable[[LogPoint], None] = lambda point: None,
 ) -> dict[str, float]:
     """Train over `batches`, the first of which is iteration `start` of the epoch.
 
-    `on_iteration` is called after every iteration with the number done in this epoch and says
-    whether to stop there, `on_log` every `interval` of them. Returns the mean of each term over
-    the iterations run here. Raises UserError for a loss that is not finite.
+    `on_iteration` is called after every iteration with the number done in this epoch, `on_log`
+    every `interval` of them and after the last one. Returns the mean of each term over the
+    iterations run here. Raises UserError for a loss that is not finite, and passes on Interrupted,
+    which `batches` may raise to end the epoch early.
     """
     objective.student.train()
     log, means, counts = TermLog(epoch, start), [], []
@@ -215,30 +127,33 @@ def train_epoch(
 
     def log_point() -> None:
         nonlocal begun, seen
+        if not log.rows:
+            return
         lr = float(learner.scheduler.get_last_lr()[-1])
         counts.append(len(log.rows))
         means.append(log.drain())
-        now = time.perf_counter()
-        rate = seen * distributed.world_size() / (now - begun)
+        rate = seen * distributed.world_size() / (time.perf_counter() - begun)
         on_log(LogPoint(done, means[-1], lr, rate))
         begun, seen = time.perf_counter(), 0
 
-    for images, labels in to_device(batches, device):
-        log.add(learner.step(objective, images, labels))
-        done, seen = done + 1, seen + len(images)
-        if done % interval == 0:
-            log_point()
-        if on_iteration(done):
-            break
-    if log.rows:
+    try:
+        for images, labels in to_device(batches, device):
+            log.add(learner.step(objective, images, labels))
+            done, seen = done + 1, seen + len(images)
+            on_iteration(done)
+            if done % interval == 0:
+                log_point()
+    except Interrupted:
         log_point()
+        raise
+    log_point()
     return {
         name: float(np.average([m[name] for m in means], weights=counts)) for name in log.names
     }
 
 
 # Normalised images B 3 H W, their logits, (H, W) -> the class of every pixel, B H W.
-Predictor = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
+Classify = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 
 
 @torch.inference_mode()
@@ -247,7 +162,7 @@ def evaluate(
     batches: Iterable[Batch],
     num_classes: int,
     device: torch.device,
-    predictor: Predictor = lambda images, logits, size: predict(logits, size),
+    classify: Classify = lambda images, logits, size: predict(logits, size),
 ) -> tuple[StreamSegMetrics, dict[str, float]]:
     """Confusion matrix over all ranks' batches, and each term's mean over the images.
 
@@ -256,14 +171,14 @@ def evaluate(
     """
     objective.student.eval()
     metrics = StreamSegMetrics(num_classes, device)
-    names = [*objective.terms, *(["de"] if objective.feature_weight else [])]
+    names = objective.names
     sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)  # the last counts images
     for images, labels in to_device(batches, device):
         _, terms, logits = objective(images, labels)
         values = [terms[name].double() for name in names]
         sums += len(images) * torch.stack([*values, torch.ones_like(sums[0])])
         size = (labels.shape[1], labels.shape[2])
-        metrics.update(labels, predictor(images, logits, size))
+        metrics.update(labels, classify(images, logits, size))
     distributed.all_reduce(metrics.confusion)
     *totals, count = distributed.all_reduce(sums).tolist()
     return metrics, {name: total / count for name, total in zip(names, totals, strict=True)}
@@ -271,14 +186,17 @@ def evaluate(
 
 @torch.inference_mode()
 def predict_samples(
-    objective: Objective, samples: Iterable[Batch], device: torch.device
+    model: nn.Module, precision: Precision, samples: Iterable[Batch]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(image H W 3, truth H W, prediction H W), all uint8, for single samples without batch."""
-    objective.student.eval()
+    """(image H W 3, truth H W, prediction H W), all uint8, for single samples without batch.
+
+    The model is left in eval mode.
+    """
+    model.eval()
     for image, truth in samples:
-        with objective.precision.autocast():
-            images = normalize(image[None].to(device), torch.get_default_dtype())
-            logits = objective.student(images).logits
+        with precision.autocast():
+            images = normalize(image[None].to(precision.device), torch.get_default_dtype())
+            logits = model(images).logits
         prediction = predict(logits, (truth.shape[0], truth.shape[1]))[0]
         yield (
             image.permute(1, 2, 0).numpy(),

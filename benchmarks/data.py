@@ -30,13 +30,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import functional as TF
 
-from benchmarks.compare import ROOT
 from benchmarks.harness import Row, Work, compare, parser, report, start
-from dataset import VOC, label_map
-from dataset.incremental import IncrementalSegmentation, collate
-from dataset.sampler import AUGMENT, TrainBatchSampler, generator
-from dataset.spec import Sample
+from dataset.draws import AUGMENT, generator
+from dataset.files import Sample
+from dataset.incremental import IncrementalSegmentation, collate, label_map
+from dataset.sampler import TrainBatchSampler
 from dataset.transform import FLIP_PROBABILITY, TrainTransform, normalize, random_crop
+from dataset.voc import VOC
 from tasks import get_task
 from utils import workers
 from utils.constants import IMAGENET_MEAN, IMAGENET_STD
@@ -132,7 +132,7 @@ def find(root: Path | None, count: int, folder: Path) -> Samples:
     """The first `count` training samples below `root`; without it, of toy data made in `folder`."""
     if root is None:
         root = folder / "toy"
-        script = ROOT / "data" / "make_toy.py"
+        script = Path(__file__).resolve().parents[1] / "data" / "make_toy.py"
         command = [script, "--out", root, "--train", count, "--val", 1, "--size", 320]
         subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
     return VOC.find_samples(root, "train")[:count]

@@ -30,7 +30,7 @@ import argparser
 import run
 import train
 from benchmarks.harness import Sample, Work, compare, parser, report, start
-from dataset import get_spec
+from dataset.catalog import get_spec
 from modules.norm import get_norm
 from segmentation_module import make_model
 

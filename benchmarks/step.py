@@ -3,7 +3,7 @@
     python -m benchmarks.step --task 15-5 --crop_size 512 --batch_size 24 --device cuda
     python -m benchmarks.step --variants bf16 fp16 off --phases [flags of run.py]
 
-Ours is set up by the functions of run.py from its flags, so what is measured is what runs: images
+Ours is set up by engine/ from the flags of run.py, so what is measured is what runs: images
 travel as uint8, teacher, student, objective in pieces, optimizer. The plain side is the same
 network in PyTorch's default layout with `nn.BatchNorm2d` and leaky ReLU, normalised float images,
 full-size logits, fp16 autocast with a scaler on a GPU, and a look at the loss in every iteration.
@@ -24,15 +24,16 @@ import torch
 from torch import Tensor
 
 import argparser
-import run
 import train
 from benchmarks import loss
 from benchmarks.harness import Row, Work, alone, compare, parser, report, start
-from dataset import get_spec
 from dataset.transform import normalize
-from methods.table import pixel_terms
+from engine.build import build_learner, new_model
+from engine.context import Context
+from methods import groups
+from methods.objective import Objective, make_objective
 from modules import norm
-from train import Learner, Objective, Precision
+from train import Learner
 from utils.constants import IGNORE_INDEX
 
 WORDS = {
@@ -43,17 +44,14 @@ WORDS = {
 Batch = tuple[Tensor, Tensor]
 
 
-def context_of(flags: tuple[str, ...], device: str) -> run.Context:
-    """What run.py makes of its flags, at step 1 unless they say otherwise."""
+def context_of(flags: tuple[str, ...], device: str) -> Context:
+    """What the program makes of its flags, at step 1 unless they say otherwise."""
     argv = ["--method", "MIB", "--step", "1", "--no-pretrained", "--norm_act", "iabn", *flags]
     ((opts, _),) = argparser.parse(argv)
-    spec = get_spec(opts.dataset, opts.data_root)
-    place = torch.device(device)
-    precision = Precision(place, run.amp_dtype(opts.amp, place))
-    return run.Context(opts, spec, spec.task(opts.task), place, precision)
+    return Context.of(opts, torch.device(device))
 
 
-def random_batch(context: run.Context, classes: int) -> Batch:
+def random_batch(context: Context, classes: int) -> Batch:
     """Images uint8 and labels of new classes, of background, and void, on the host."""
     opts = context.opts
     g = torch.Generator().manual_seed(0)
@@ -74,14 +72,15 @@ def prepare_ours(
         if word in get_args(norm.Kernels):
             norm.use(cast(norm.Kernels, word))
     context = context_of(flags, device)
-    opts, classes = context.opts, context.task.classes_per_step(context.opts.step)
+    opts, classes = context.opts, context.classes_per_step
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    student = run.new_model(context, classes).train()
-    teacher = run.new_model(context, classes[:-1]).eval().requires_grad_(False)
-    learner = run.build_learner(context, student, teacher, {}, 1000)
-    terms = pixel_terms(opts, context.old_classes)
-    objective = Objective(student, teacher, terms, opts.loss_de, context.precision, opts.compile)
+    student = new_model(context, classes).train()
+    teacher = new_model(context, classes[:-1]).eval().requires_grad_(False)
+    learner = build_learner(context, student, teacher, {}, 1000)
+    objective = make_objective(
+        opts.method, student, teacher, classes, context.precision, compiled=opts.compile
+    )
     images, labels = random_batch(context, sum(classes))
     if device != "cpu":  # as `dataset.incremental.collate` and the loader have them
         images = images.contiguous(memory_format=torch.channels_last).pin_memory()
@@ -101,10 +100,10 @@ def ours(variant: str, flags: tuple[str, ...], device: str) -> Callable[[], obje
 
 def plain(flags: tuple[str, ...], device: str) -> Callable[[], object]:
     context = context_of((*flags, "--norm_act", "std"), device)
-    classes = context.task.classes_per_step(context.opts.step)
+    classes = context.classes_per_step
     torch.manual_seed(0)
     student, teacher = (
-        run.new_model(context, n).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        new_model(context, n).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         for n in (classes, classes[:-1])
     )
     teacher.eval().requires_grad_(False)
@@ -157,7 +156,7 @@ def phases(variant: str, flags: tuple[str, ...], device: str, calls: int) -> dic
 
     watch("teacher forward", objective, "_run_teacher")
     watch("student forward", objective, "_run_student")
-    watch("loss and its gradient", train, "pixel_losses")
+    watch("loss and its gradient", groups, "pixel_losses")
     watch("backward of the network", torch.autograd, "backward")
     watch("optimizer", learner.precision.scaler, "step")
     for i in range(calls + 2):

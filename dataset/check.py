@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dataset.files import Sample, Tree, read_image, read_mask
 from dataset.folder import SUFFIXES, Layout, collect_samples, folder_spec, index_files, read_layout
-from dataset.incremental import read_image, read_mask
-from dataset.spec import DatasetSpec, Sample, Tree
+from dataset.spec import DatasetSpec
+from dataset.splits import step_indices
 from tasks import Task
 from utils.errors import UserError
 
@@ -153,9 +154,6 @@ def _class_table(spec: DatasetSpec, counts: dict[str, np.ndarray]) -> list[str]:
 
 def _step_table(spec: DatasetSpec, present: np.ndarray, task: Task) -> list[str]:
     """Training images of every step in both settings."""
-    # Imported here: dataset.splits is itself a command, and imports all of the package.
-    from dataset.splits import step_indices
-
     lines = [f"task {task.name}: training images per step (overlapped / disjoint)"]
     settings = [step_indices(spec, present, task, overlap) for overlap in (True, False)]
     for step, (overlapped, disjoint) in enumerate(zip(*settings, strict=True)):

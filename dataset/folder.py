@@ -13,14 +13,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from dataset.sampler import generator
-from dataset.spec import DatasetSpec, Sample, Tree
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo
+from pydantic_core import ErrorDetails
+
+from dataset.draws import VAL_SHARE, generator
+from dataset.files import Sample, Tree
+from dataset.spec import DatasetSpec
 from tasks import Family
 from utils.constants import IGNORE_INDEX
 from utils.errors import UserError
@@ -28,35 +32,133 @@ from utils.errors import UserError
 FILE = "dataset.json"
 SUFFIXES = (".jpg", ".jpeg", ".png")
 CURE = f"correct {FILE} or the files (python -m dataset.check lists every problem)"
-MAX_CLASSES = 253  # beside label 0; on reading, 254 marks foreign labels and 255 ignored pixels
-VAL_SHARE = 4  # a purpose of random numbers, beside those of dataset.sampler
-KEYS = {
-    *("classes", "background", "ignore", "images", "masks"),
-    *("train", "val", "val_share", "seed", "tasks"),
-}
+MAX_CLASSES = 254  # with label 0; on reading, 254 marks foreign labels and 255 ignored pixels
 
 
-@dataclass(frozen=True)
-class Layout:
+def _refusing(problems_of: Callable[[Any, ValidationInfo], list[str]]) -> AfterValidator:
+    """A validator of one key; the function may look at the valid keys above it in `info.data`."""
+
+    def validate(value: Any, info: ValidationInfo) -> Any:
+        if problems := problems_of(value, info):
+            raise ValueError("\n".join(problems))
+        return value
+
+    return AfterValidator(validate)
+
+
+def _path_problems(path: str, info: ValidationInfo) -> list[str]:
+    if path and not os.path.isabs(path) and ".." not in path.split("/"):
+        return []
+    return [f"{info.field_name!r} must be a path below the folder of {FILE}, without '..'"]
+
+
+def _name_problems(classes: list[str], _: ValidationInfo) -> list[str]:
+    twice = sorted(name for name, count in Counter(classes).items() if count > 1)
+    return [
+        f"class {label} has the name {name!r}: it must be printable and not blank"
+        for label, name in enumerate(classes)
+        if not name.strip() or not name.isprintable()
+    ] + [f"two classes are called {name!r}" for name in twice]
+
+
+def _ignore_problems(ignore: int | None, info: ValidationInfo) -> list[str]:
+    first = len(info.data.get("classes", ()))
+    if ignore is None or first <= ignore <= 255:
+        return []
+    return [f"'ignore' is {ignore}: use a label from {first} to 255, or null"]
+
+
+def _share_problems(share: float | None, info: ValidationInfo) -> list[str]:
+    listed = [info.data.get(key, "") is not None for key in ("train", "val")]
+    if listed == [share is None] * 2:
+        return []
+    return ["give either 'train' and 'val' (lists) or 'val_share' (0 to 1)"]
+
+
+def _task_problems(tasks: dict[str, list[list[Any]]], info: ValidationInfo) -> list[str]:
+    found = []
+    for name, steps in tasks.items():
+        if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) or name == "offline":
+            found.append(f"task {name!r}: use letters, digits and _, a letter first, not 'offline'")
+        if "classes" in info.data:
+            problems = _step_problems(steps, info.data["classes"])
+            found += [f"task {name!r}: {problem}" for problem in problems]
+    return found
+
+
+def _step_problems(steps: list[list[Any]], classes: list[str]) -> list[str]:
+    """Every class but label 0 must occur in exactly one step, by name or by label."""
+    found = [f"step {t} is empty" for t, step in enumerate(steps) if not step]
+    labels = []
+    for entry in (entry for step in steps for entry in step):
+        label = classes.index(entry) if entry in classes else entry
+        if type(label) is not int or not 1 <= label < len(classes):  # true is an int, too
+            found.append(f"{entry!r} is neither a class name nor a label 1 to {len(classes) - 1}")
+        elif label in labels:
+            found.append(f"class {classes[label]!r} occurs twice")
+        else:
+            labels.append(label)
+    missing = [name for label, name in enumerate(classes) if label and label not in labels]
+    return found + ([f"no step learns {', '.join(missing)}"] if missing else [])
+
+
+Below = Annotated[str, _refusing(_path_problems)]
+
+
+class Layout(BaseModel, frozen=True, strict=True, extra="forbid"):
     """What dataset.json says; paths are relative to its folder.
 
     Attributes:
         classes: Names by label.
         background: Label 0 is a class that is scored, not "unlabelled".
         ignore: Label of pixels that belong to no class; None if masks have none.
-        lists: Train and val list; None where `val_share` of all images are drawn by `seed`.
-        tasks: Steps of labels by name, label 0 left out.
+        train, val: The two lists; None where `val_share` of all images are drawn by `seed`.
+        tasks: Steps of classes by name, each class a name or a label.
     """
 
-    classes: tuple[str, ...]
-    background: bool
-    ignore: int | None
-    images: str
-    masks: str
-    lists: tuple[str, str] | None
-    val_share: float
-    seed: int
-    tasks: dict[str, tuple[tuple[int, ...], ...]]
+    classes: Annotated[
+        list[str], Field(min_length=2, max_length=MAX_CLASSES), _refusing(_name_problems)
+    ]
+    background: bool = True
+    ignore: Annotated[int | None, _refusing(_ignore_problems)] = IGNORE_INDEX
+    images: Below = "images"
+    masks: Below = "masks"
+    train: Below | None = None
+    val: Below | None = None
+    val_share: Annotated[
+        float | None, Field(gt=0, lt=1, validate_default=True), _refusing(_share_problems)
+    ] = None
+    seed: int = Field(0, ge=0)
+    tasks: Annotated[dict[str, list[list[Any]]], _refusing(_task_problems)] = {}
+
+
+def read_layout(root: Path) -> tuple[Layout | None, list[str]]:
+    """`root`/dataset.json and all that is wrong with it, a line each; None if anything is."""
+    path = root / FILE
+    try:
+        return Layout.model_validate(json.loads(path.read_bytes())), []
+    except OSError as error:
+        return None, [f"{path} cannot be read ({error.strerror or error})"]
+    except ValidationError as error:
+        # Unknown keys first: a slip in a key is why another one is missing.
+        found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        return None, [f"{path}: {line}" for details in found for line in _lines(details)]
+    except (ValueError, RecursionError) as error:
+        return None, [f"{path} is not JSON ({error})"]
+
+
+def _lines(error: ErrorDetails) -> list[str]:
+    """An error of pydantic as a user is told of it."""
+    key, value = ".".join(map(str, error["loc"])), json.dumps(error["input"])[:60]
+    if not key:
+        return ["is no object {...}"]
+    if error["type"] == "extra_forbidden":
+        return [f"unknown key {key!r}, use {', '.join(sorted(Layout.model_fields))}"]
+    if error["type"] == "missing":
+        return [f"no key {key!r}, which is needed"]
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"]).splitlines()
+    return [f"{key!r} is {value}: {error['msg'][0].lower()}{error['msg'][1:]}"]
 
 
 def folder_spec(root: Path) -> DatasetSpec:
@@ -67,13 +169,18 @@ def folder_spec(root: Path) -> DatasetSpec:
     layout, problems = read_layout(root)
     if layout is None:
         raise UserError(f"{problems[0]}; {CURE}")
+    numbers = {name: label for label, name in enumerate(layout.classes)}
+    tasks = {
+        name: [[numbers.get(c, c) for c in step] for step in steps]
+        for name, steps in layout.tasks.items()
+    }
     return DatasetSpec(
         name="folder",
-        class_names=layout.classes,
+        class_names=tuple(layout.classes),
         background_is_class=layout.background,
         void=layout.ignore,
         find_samples=partial(find_samples, layout),
-        family=Family(len(layout.classes) - 1, names=tuple(layout.tasks), listed=layout.tasks),
+        family=Family(len(layout.classes) - 1, names=tuple(tasks), listed=tasks),
     )
 
 
@@ -88,125 +195,6 @@ def find_samples(layout: Layout, root: Path, split: str) -> list[Sample]:
     return samples
 
 
-# --- dataset.json ---
-
-
-def read_layout(root: Path) -> tuple[Layout | None, list[str]]:
-    """`root`/dataset.json and all that is wrong with it, a line each; None if anything is."""
-    path = root / FILE
-    try:
-        raw = json.loads(path.read_bytes())
-    except OSError as error:
-        return None, [f"{path} cannot be read ({error.strerror or error})"]
-    except (ValueError, RecursionError) as error:
-        return None, [f"{path} is not JSON ({error})"]
-    problems = _problems(raw)
-    if problems:
-        return None, [f"{path}: {problem}" for problem in problems]
-    numbers = {name: label for label, name in enumerate(raw["classes"])}
-    tasks = {
-        name: tuple(tuple(numbers.get(c, c) for c in step) for step in steps)
-        for name, steps in raw.get("tasks", {}).items()
-    }
-    return Layout(
-        classes=tuple(raw["classes"]),
-        background=raw.get("background", True),
-        ignore=raw.get("ignore", IGNORE_INDEX),
-        images=raw.get("images", "images"),
-        masks=raw.get("masks", "masks"),
-        lists=(raw["train"], raw["val"]) if "train" in raw else None,
-        val_share=raw.get("val_share", 0.0),
-        seed=raw.get("seed", 0),
-        tasks=tasks,
-    ), []
-
-
-def _problems(raw: Any) -> list[str]:
-    if not isinstance(raw, dict):
-        return ["is no object {...}"]
-    unknown = [f"unknown key {key!r}, use {', '.join(sorted(KEYS))}" for key in raw.keys() - KEYS]
-    classes: Any = raw.get("classes")
-    found = _class_problems(classes)
-    if not found:
-        found = _label_problems(raw, classes) + _task_problems(raw.get("tasks", {}), classes)
-    return sorted(unknown) + found + _file_problems(raw)
-
-
-def _class_problems(classes: Any) -> list[str]:
-    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        return ["'classes' must list the names, that of label 0 (background) first"]
-    if not 2 <= len(classes) <= MAX_CLASSES + 1:
-        return [f"{len(classes)} classes: 2 to {MAX_CLASSES + 1} are possible, background included"]
-    found = [
-        f"class {label} has the name {name!r}: it must be printable and not blank"
-        for label, name in enumerate(classes)
-        if not name.strip() or not name.isprintable()
-    ]
-    twice = sorted({name for name in classes if classes.count(name) > 1})
-    return found + [f"two classes are called {name!r}" for name in twice]
-
-
-def _label_problems(raw: dict[str, Any], classes: list[str]) -> list[str]:
-    found = []
-    ignore = raw.get("ignore", IGNORE_INDEX)
-    if ignore is not None and not (_is_int(ignore) and len(classes) <= ignore <= 255):
-        found.append(f"'ignore' is {ignore!r}: use a label from {len(classes)} to 255, or null")
-    if not isinstance(raw.get("background", True), bool):
-        found.append("'background' must be true (label 0 is scored) or false (unlabelled)")
-    return found
-
-
-def _file_problems(raw: dict[str, Any]) -> list[str]:
-    found = []
-    for key, default in (("images", "images"), ("masks", "masks"), ("train", ""), ("val", "")):
-        value = raw.get(key, default)
-        parts = value.split("/") if isinstance(value, str) else [".."]
-        if ".." in parts or os.path.isabs(str(value)) or (key in raw and not value):
-            found.append(f"{key!r} must be a path below the folder of {FILE}, without '..'")
-    if ("train" in raw) != ("val" in raw) or ("train" in raw) == ("val_share" in raw):
-        found.append("give either 'train' and 'val' (lists) or 'val_share' (0 to 1)")
-    share = raw.get("val_share", 0.5)
-    if not (isinstance(share, (int, float)) and 0 < share < 1):
-        found.append(f"'val_share' is {share!r}: use a number above 0 and below 1")
-    if not (_is_int(raw.get("seed", 0)) and raw.get("seed", 0) >= 0):
-        found.append("'seed' must be a whole number, 0 or more")
-    return found
-
-
-def _task_problems(tasks: Any, classes: list[str]) -> list[str]:
-    if not isinstance(tasks, dict):
-        return ["'tasks' must be an object {name: [[class, ...], ...]}"]
-    found = []
-    for name, steps in tasks.items():
-        if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) or name == "offline":
-            found.append(f"task {name!r}: use letters, digits and _, a letter first, not 'offline'")
-        if not (isinstance(steps, list) and steps and all(isinstance(s, list) for s in steps)):
-            found.append(f"task {name!r} must be a list of steps, each a list of classes")
-        else:
-            found += [f"task {name!r}: {problem}" for problem in _step_problems(steps, classes)]
-    return found
-
-
-def _step_problems(steps: list[list[Any]], classes: list[str]) -> list[str]:
-    """Every class but label 0 must occur in exactly one step, by name or by label."""
-    found = [f"step {t} is empty" for t, step in enumerate(steps) if not step]
-    labels = []
-    for entry in (entry for step in steps for entry in step):
-        label = classes.index(entry) if isinstance(entry, str) and entry in classes else entry
-        if not (_is_int(label) and 1 <= label < len(classes)):
-            found.append(f"{entry!r} is neither a class name nor a label 1 to {len(classes) - 1}")
-        elif label in labels:
-            found.append(f"class {classes[label]!r} occurs twice")
-        else:
-            labels.append(label)
-    missing = [classes[label] for label in range(1, len(classes)) if label not in labels]
-    return found + ([f"no step learns {', '.join(missing)}"] if missing else [])
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 # --- images and masks ---
 
 
@@ -217,11 +205,11 @@ def collect_samples(layout: Layout, root: Path, split: str) -> tuple[list[Sample
     """
     images, masks = (Tree(root, folder, CURE) for folder in (layout.images, layout.masks))
     index = index_files(images, SUFFIXES)
-    which = ("train", "val").index(split)
-    if layout.lists is not None:
-        names, problems = _read_list(root / layout.lists[which], index)
+    problems: list[str] = []
+    if layout.val_share is not None:
+        names = _draw(sorted(index), layout.val_share, layout.seed)[split]
     else:
-        names, problems = _draw(sorted(index), layout.val_share, layout.seed)[which], []
+        names, problems = _read_list(root / getattr(layout, split), index)
     samples = []
     for name in names:
         try:
@@ -248,12 +236,12 @@ def index_files(tree: Tree, suffixes: Sequence[str]) -> dict[str, list[str]]:
     return index
 
 
-def _draw(stems: list[str], share: float, seed: int) -> tuple[list[str], list[str]]:
-    """(train, val) of sorted stems: at least one each where there are two, order kept."""
+def _draw(stems: list[str], share: float, seed: int) -> dict[str, list[str]]:
+    """Train and val of sorted stems: at least one each where there are two, order kept."""
     number = min(max(1, round(share * len(stems))), len(stems) - 1)
     order = generator(VAL_SHARE, seed).permutation(len(stems))
     val = {stems[i] for i in order[:number]}
-    return [stem for stem in stems if stem not in val], sorted(val)
+    return {"train": [stem for stem in stems if stem not in val], "val": sorted(val)}
 
 
 def _read_list(path: Path, index: dict[str, list[str]]) -> tuple[list[str], list[str]]:

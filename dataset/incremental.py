@@ -1,16 +1,15 @@
 """The images and labels of one step."""
 
-import io
 import os
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from dataset.sampler import AUGMENT, generator
-from dataset.spec import DatasetSpec, Sample
+from dataset.draws import AUGMENT, generator
+from dataset.files import Sample, read_image, read_mask
+from dataset.spec import DatasetSpec
 from dataset.transform import Transform
 from tasks import Task
 from utils.constants import BACKGROUND, IGNORE_INDEX
@@ -85,7 +84,7 @@ class IncrementalSegmentation(Dataset[tuple[Tensor, Tensor]]):
         rng = generator(AUGMENT, self._seed, epoch, int(self.indices[i]))
         pixels, labels = self._transform(image, mask.point(self._labels), rng)
         if FOREIGN in labels.numpy():  # torch takes ten times as long to look
-            raise foreign_label(self.spec, mask_path, np.flatnonzero(mask.histogram()))
+            self.spec.check_labels(mask_path, mask.histogram())
         return pixels, labels
 
 
@@ -96,48 +95,3 @@ def collate(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """
     images, labels = default_collate([(image.permute(1, 2, 0), mask) for image, mask in samples])
     return images.permute(0, 3, 1, 2), labels
-
-
-def foreign_label(spec: DatasetSpec, mask_path: str, labels: np.ndarray) -> UserError:
-    """The error for a mask whose `labels` are not all known to the data set."""
-    first = next(int(label) for label in labels if not spec.known_labels[label])
-    void = "" if spec.void is None else f" and {spec.void} (void)"
-    return UserError(
-        f"mask {mask_path} holds label {first}, but {spec.name} has 0 to {spec.num_classes}{void}: "
-        "correct the mask or choose another --dataset"
-    )
-
-
-def read_image(path: str) -> Image.Image:
-    """The decoded JPEG or PNG as RGB. Raises UserError naming a file that cannot be decoded."""
-    image = _decode(path, ("JPEG", "PNG"))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def read_mask(path: str) -> Image.Image:
-    """The decoded PNG mask; its pixels are labels.
-
-    Raises UserError naming a file that cannot be decoded or is neither palette nor 8-bit grey.
-    """
-    mask = _decode(path, ("PNG",))
-    if mask.mode not in ("P", "L"):
-        raise UserError(
-            f"mask {path} has mode {mask.mode}: save it as a palette or 8-bit grey PNG of labels"
-        )
-    return mask
-
-
-def _decode(path: str, formats: tuple[str, ...]) -> Image.Image:
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        image = Image.open(io.BytesIO(data), formats=formats)
-        if image.format == "PNG":
-            image.verify()  # the decoder skips the checksums of pixel data; this uses up the image
-            image = Image.open(io.BytesIO(data), formats=formats)
-        image.load()
-    except Exception as error:  # a decoder raises nearly anything when a file is damaged
-        raise UserError(
-            f"{path} cannot be read as {' or '.join(formats)} ({error}): restore the file"
-        ) from error
-    return image

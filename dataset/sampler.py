@@ -2,18 +2,10 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 from torch.utils.data import Sampler
 
+from dataset.draws import SHUFFLE, generator
 from utils.errors import UserError
-
-# First word of every address, so that no two purposes share random numbers.
-SHUFFLE, AUGMENT, HOLD_OUT = 1, 2, 3
-
-
-def generator(*address: int) -> np.random.Generator:
-    """The random numbers of one place in a run: purpose, seed, epoch, sample …, all ≥ 0."""
-    return np.random.default_rng(address)
 
 
 class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -57,8 +49,8 @@ class EvalBatchSampler(Sampler[list[int]]):
     """Batches of indices in list order, every sample once; the last batch may be short.
 
     Batches are cut before they are dealt out (process r takes batches r, r + world, …), so what
-    meets in a batch does not depend on the number of processes. Each process has at least `rounds`
-    batches, and none more than one more.
+    meets in a batch does not depend on the number of processes. Each process has `rounds` batches
+    or one more.
     """
 
     def __init__(self, num_samples: int, batch_size: int, *, rank: int = 0, world: int = 1) -> None:

@@ -1,14 +1,12 @@
-"""Which training images belong to which step: computed from the masks once, stored as lists.
+"""Which training images belong to which step, computed from the masks.
 
-    python -m dataset.splits --dataset voc --data_root data --task 15-5 --overlap
+    python -m dataset.splits --dataset voc --data_root data --task 15-5 --overlap [--out DIR]
 
-writes `data/<dataset>/<task>[-ov]/train-<step>.npy` for every step.
+prints how many images every step has and, if asked to, stores the lists as DIR/train-<step>.npy.
 """
 
 import argparse
 import hashlib
-import io
-import json
 import logging
 import os
 import sys
@@ -19,16 +17,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset import DATASETS, get_spec
-from dataset.incremental import foreign_label, read_mask
-from dataset.spec import DatasetSpec, Sample
+from dataset.catalog import DATASETS, OWN, get_spec
+from dataset.files import Sample, read_mask
+from dataset.spec import DatasetSpec
 from tasks import Task, get_task
 from utils.errors import UserError
 from utils.files import atomic_write
 
 log = logging.getLogger(__name__)
-
-RECORD = "lists.json"  # beside the lists: which of them this program computed, and from what
 
 
 def training_indices(
@@ -41,15 +37,21 @@ def training_indices(
 ) -> np.ndarray:
     """(N,) int64 positions in the train list of the images of `step`.
 
-    A list stored under `workdir` is used, the official ones for instance. If it is absent, or was
-    computed here for other data, the lists of all steps are computed and stored; lists that someone
-    else put there are never overwritten. Several processes: call it in one of them first.
+    A list that the user put at `workdir`/data/<dataset>/<task>[-ov]/train-<step>.npy is used as it
+    is, an official one for instance. Otherwise the list is computed.
 
     Raises:
-        UserError: a list or its record is damaged or does not fit the data set; data errors; no
-            image for the step.
+        UserError: a given list is damaged or does not fit the data set; data errors; no image for
+            the step.
     """
-    indices = _stored_or_computed(spec, data_root, task, step, overlap, workdir)
+    samples = spec.find_samples(data_root, "train")
+    suffix = "-ov" if overlap and not spec.partition else ""  # only where it makes a difference
+    path = workdir / "data" / spec.name / f"{task.name}{suffix}" / f"train-{step}.npy"
+    if _is_given(path):
+        log.info("split list %s is used as it is", path)
+        indices = _read_list(path, len(samples))
+    else:
+        indices = compute_lists(spec, samples, task, overlap, workdir)[step]
     if len(indices) == 0:
         hint = "" if overlap or spec.partition else " in the disjoint setting, try --overlap"
         raise UserError(
@@ -59,29 +61,54 @@ def training_indices(
     return indices
 
 
-def _stored_or_computed(
-    spec: DatasetSpec, data_root: Path, task: Task, step: int, overlap: bool, workdir: Path
-) -> np.ndarray:
-    samples = spec.find_samples(data_root, "train")
-    folder = list_folder(spec, task, overlap, workdir)
-    path = folder / f"train-{step}.npy"
-    record = _read_record(folder)
-    if record and record["data"] != fingerprint(spec, samples):
-        log.info("the lists in %s were computed for other data: computing them again", folder)
-        _discard(folder, record)
-        record = {}
-    if path.exists():
-        return _read_list(path, len(samples), record.get("sha256", {}).get(path.name))
-    return _compute_lists(spec, samples, task, overlap, workdir)[step]
+def _is_given(path: Path) -> bool:
+    """Whether a user put a split list at `path`.
+
+    An earlier version of the program stored the lists that it computed, perhaps for other data,
+    and listed their names in lists.json.
+    """
+    if not path.exists():
+        return False
+    record = path.with_name("lists.json")
+    if record.is_file() and f'"{path.name}"'.encode() in record.read_bytes():
+        cure = f"delete {record} to use it as it is"
+        log.info("split list %s of an earlier version is computed again; %s", path, cure)
+        return False
+    return True
 
 
-def list_folder(spec: DatasetSpec, task: Task, overlap: bool, workdir: Path) -> Path:
-    """Folder of the lists; `-ov` only where overlapping makes a difference."""
-    suffix = "-ov" if overlap and not spec.partition else ""
-    return workdir / "data" / spec.name / f"{task.name}{suffix}"
+def _read_list(path: Path, num_samples: int) -> np.ndarray:
+    """A given list. Raises UserError if it is damaged or does not fit the data set."""
+    cure = "delete it and the list is computed"
+    try:
+        with path.open("rb") as file:
+            indices = np.load(file, allow_pickle=False)
+    except Exception as error:  # header and array code have many
+        raise UserError(f"split list {path} cannot be read ({error}): {cure}") from error
+    if not isinstance(indices, np.ndarray) or indices.ndim != 1 or indices.dtype.kind not in "iu":
+        raise UserError(f"split list {path} is no one-dimensional array of integers: {cure}")
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < num_samples:
+        raise UserError(
+            f"split list {path} reaches outside of the {num_samples} training images: {cure}"
+        )
+    if len(np.unique(indices)) < len(indices):
+        raise UserError(f"split list {path} names an image twice: {cure}")
+    return indices.astype(np.int64)
 
 
 # --- from class presence to lists ---
+
+
+def compute_lists(
+    spec: DatasetSpec, samples: Sequence[Sample], task: Task, overlap: bool, workdir: Path
+) -> list[np.ndarray]:
+    """Ascending positions in `samples` of the images of every step.
+
+    The masks are scanned once; what they hold is cached as
+    `workdir`/data/<dataset>/presence-<fingerprint>.npz, so the fingerprint tells other data.
+    """
+    cache = workdir / "data" / spec.name / f"presence-{fingerprint(spec, samples)}.npz"
+    return step_indices(spec, presence_table(spec, samples, cache), task, overlap)
 
 
 def step_indices(
@@ -166,10 +193,9 @@ def presence_table(spec: DatasetSpec, samples: Sequence[Sample], cache: Path) ->
 
 def _labels_in(spec: DatasetSpec, mask_path: str) -> np.ndarray:
     """(256,) bool: labels in a mask."""
-    present = np.array(read_mask(mask_path).histogram()) > 0
-    if (present & ~spec.known_labels).any():
-        raise foreign_label(spec, mask_path, np.flatnonzero(present))
-    return present
+    histogram = read_mask(mask_path).histogram()
+    spec.check_labels(mask_path, histogram)
+    return np.array(histogram) > 0
 
 
 def _read_presence(cache: Path, shape: tuple[int, int]) -> np.ndarray | None:
@@ -195,106 +221,38 @@ def fingerprint(spec: DatasetSpec, samples: Sequence[Sample]) -> str:
     return digest.hexdigest()[:16]
 
 
-# --- stored lists ---
-
-
-def _compute_lists(
-    spec: DatasetSpec, samples: Sequence[Sample], task: Task, overlap: bool, workdir: Path
-) -> list[np.ndarray]:
-    """The lists of all steps, from the masks; those not there yet are stored."""
-    data = fingerprint(spec, samples)
-    cache = workdir / "data" / spec.name / f"presence-{data}.npz"
-    lists = step_indices(spec, presence_table(spec, samples, cache), task, overlap)
-    folder = list_folder(spec, task, overlap, workdir)
-    encoded = {folder / f"train-{step}.npy": _encode(list_) for step, list_ in enumerate(lists)}
-    recorded = _read_record(folder).get("sha256", {})
-    ours = {
-        path.name: hashlib.sha256(content).hexdigest()
-        for path, content in encoded.items()
-        if path.name in recorded or not path.exists() or path.read_bytes() == content
-    }
-    # The record comes first: a list without one counts as somebody else's.
-    with atomic_write(folder / RECORD) as file:
-        file.write(json.dumps({"data": data, "sha256": ours}, indent=1).encode())
-    for path, content in encoded.items():
-        if not path.exists():
-            with atomic_write(path) as file:
-                file.write(content)
-    return lists
-
-
-def _encode(indices: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, indices)
-    return buffer.getvalue()
-
-
-def _read_list(path: Path, num_samples: int, sha256: str | None) -> np.ndarray:
-    """A stored list. Raises UserError if it is damaged or does not fit the data set."""
-    cure = "delete it and it will be computed again"
-    try:
-        content = path.read_bytes()
-        indices = np.load(io.BytesIO(content), allow_pickle=False)
-    except Exception as error:  # header and array code have many
-        raise UserError(f"split list {path} cannot be read ({error}): {cure}") from error
-    if not isinstance(indices, np.ndarray) or indices.ndim != 1 or indices.dtype.kind not in "iu":
-        raise UserError(f"split list {path} is no one-dimensional array of integers: {cure}")
-    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < num_samples:
-        raise UserError(
-            f"split list {path} reaches outside of the {num_samples} training images: {cure}"
-        )
-    if len(np.unique(indices)) < len(indices):
-        raise UserError(f"split list {path} names an image twice: {cure}")
-    if sha256 not in (None, hashlib.sha256(content).hexdigest()):
-        raise UserError(
-            f"split list {path} was changed after it was computed: {cure}, "
-            f"or delete {path.with_name(RECORD)} to use it as it is"
-        )
-    return indices.astype(np.int64)
-
-
-def _read_record(folder: Path) -> dict:
-    """The record of the lists computed here: {} or {"data": fingerprint, "sha256": {name: …}}."""
-    path = folder / RECORD
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_bytes())
-        if not (isinstance(record["data"], str) and isinstance(record["sha256"], dict)):
-            raise ValueError("not a record of lists")
-    except Exception as error:  # not text, not JSON, not a dictionary …
-        cure = "delete it and the lists beside it"
-        raise UserError(f"{path} is damaged ({error}): {cure}") from error
-    return record
-
-
-def _discard(folder: Path, record: dict) -> None:
-    """Remove the lists of `record` that are as they were computed, and the record."""
-    for name, sha256 in record["sha256"].items():
-        path = folder / os.path.basename(name)
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
-            path.unlink()
-    (folder / RECORD).unlink(missing_ok=True)
+# --- the command ---
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: store the lists of all steps and print how many images each has."""
+    """Command line: print how many images each step has; with --out store the lists."""
     parser = argparse.ArgumentParser(prog="python -m dataset.splits", description=__doc__)
-    parser.add_argument("--dataset", choices=list(DATASETS), default="voc")
+    parser.add_argument("--dataset", choices=[*DATASETS, OWN], default="voc")
     parser.add_argument("--data_root", "--data-root", type=Path, default=Path("data"))
     parser.add_argument("--task", default="19-1")
     parser.add_argument("--overlap", "--overlapped", action="store_true")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="store the lists in this folder")
     options = parser.parse_args(arguments)
     try:
-        spec, task = get_spec(options.dataset), get_task(options.dataset, options.task)
-        folder = list_folder(spec, task, options.overlap, Path("."))
-        for step in range(task.num_steps):
-            indices = _stored_or_computed(
-                spec, options.data_root, task, step, options.overlap, Path(".")
-            )
-            print(f"step {step}: {len(indices)} images, {folder / f'train-{step}.npy'}")
+        spec = get_spec(options.dataset, options.data_root)
+        task = spec.task(options.task)
+        samples = spec.find_samples(options.data_root, "train")
+        lists = compute_lists(spec, samples, task, options.overlap, Path("."))
+        for step, indices in enumerate(lists):
+            stored = "" if options.out is None else _store(options.out, step, indices)
+            print(f"step {step}: {len(indices)} images{stored}")
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def _store(folder: Path, step: int, indices: np.ndarray) -> str:
+    """Write a list, say where. Raises UserError where there is one already."""
+    path = folder / f"train-{step}.npy"
+    if path.exists():
+        raise UserError(f"split list {path} exists: delete it or choose another --out")
+    with atomic_write(path) as file:
+        np.save(file, indices)
+    return f", {path}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from dataset.spec import DatasetSpec, Sample, Tree
+from dataset.files import Sample, Tree
+from dataset.spec import DatasetSpec
 from utils.errors import UserError
 
 FOLDER = "PascalVOC12"

@@ -1,4 +1,4 @@
-"""The pixel terms of every objective (SPEC section 6).
+"""The pixel terms of every objective.
 
 A term maps `(logits, old_logits, labels)` to one loss per pixel:
 

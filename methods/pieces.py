@@ -1,4 +1,4 @@
-"""Objective and prediction at image size without full-size logits (DESIGN, idea 3).
+"""Objective and prediction at image size without full-size logits.
 
 The network gives logits at body resolution (B C h w); losses and predictions are defined on their
 bilinear upsampling to image size. Both look at one pixel at a time, so the upsampling is done for a

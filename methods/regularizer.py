@@ -1,4 +1,4 @@
-"""Penalties on changed weights: EWC, PI and RW (SPEC section 8).
+"""Penalties on changed weights: EWC, PI and RW.
 
 Common contract. `update` is called once per iteration, after the backward pass of the data loss
 (gradients averaged over ranks and unscaled) and before the penalty's gradient is added; g below is
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from methods.table import Method
 from utils.errors import UserError
 
 TensorDict = dict[str, Tensor]
@@ -256,25 +257,31 @@ KINDS = {"ewc": EWC, "rw": RW, "pi": PI}
 
 
 class Regularizers:
-    """The regularisers of a step by kind; the interface of one of them.
+    """The regularisers of a step by kind, used like one of them.
 
     At step 0, where none has a penalty, several may collect importances side by side, so that one
     checkpoint serves as the start of any of them. Later steps have one.
+
+    Args:
+        weight: of the penalty.
     """
 
-    def __init__(self, parts: Mapping[str, Regularizer]) -> None:
+    def __init__(self, parts: Mapping[str, Regularizer], weight: float) -> None:
         self.parts = parts
+        self.weight = weight
 
     def update(self) -> None:
+        """Take in one iteration's gradients."""
         for part in self.parts.values():
             part.update()
 
     def gradients_finite(self) -> bool:
         return next(iter(self.parts.values())).gradients_finite()
 
-    def add_penalty_gradient(self, weight: float) -> Tensor | None:
-        values = [part.add_penalty_gradient(weight) for part in self.parts.values()]
-        return values[0]
+    def add_penalty_gradient(self) -> dict[str, Tensor]:
+        """Add the weighted penalty's gradient; returns its term, {} where there is no penalty."""
+        values = [part.add_penalty_gradient(self.weight) for part in self.parts.values()]
+        return {} if values[0] is None else {"reg": values[0]}
 
     def export(self) -> dict[str, dict[str, TensorDict]]:
         """Kind -> what `Regularizer.export` gives."""
@@ -291,31 +298,29 @@ class Regularizers:
 
 
 def make_regularizers(
-    kinds: str | None,
+    method: Method,
     student: nn.Module,
     teacher: nn.Module | None,
     earlier: Mapping[str, Mapping[str, TensorDict]] | None,
-    *,
-    normalize: bool,
-    alpha: float,
-    interval: int,
 ) -> Regularizers | None:
-    """`ewc`, `rw`, `pi`, several of them joined by commas, or None for no regulariser.
+    """The regularisers of a method; None where it has none.
 
-    `earlier` is what the step before exported, by kind.
+    `student` is the bare model, `earlier` what the step before exported, by kind.
     """
-    if kinds is None:
+    if method.regularizer is None:
         return None
     settings: dict[str, dict[str, Any]] = {
-        "ewc": {"alpha": alpha},
-        "rw": {"alpha": alpha, "interval": interval},
+        "ewc": {"alpha": method.reg_alpha},
+        "rw": {"alpha": method.reg_alpha, "interval": method.reg_iterations},
         "pi": {},
     }
     parts: dict[str, Regularizer] = {}
-    for kind in kinds.split(","):
+    for kind in method.regularizer.split(","):
         stored = (earlier or {}).get(kind)
-        parts[kind] = KINDS[kind](student, teacher, stored, normalize=normalize, **settings[kind])
-    return Regularizers(parts)
+        parts[kind] = KINDS[kind](
+            student, teacher, stored, normalize=not method.reg_no_normalize, **settings[kind]
+        )
+    return Regularizers(parts, method.reg_importance)
 
 
 def _to_unit_range(t: Tensor) -> Tensor:

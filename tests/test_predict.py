@@ -12,8 +12,9 @@ from torch import Tensor
 
 import predict
 from argparser import parse as parse_run
-from dataset import VOC
 from dataset.transform import EvalTransform, normalize, to_tensor
+from dataset.voc import VOC
+from engine.checkpoint import load
 from methods.averaging import average_probabilities, predict_average, versions
 from modules.norm import get_norm
 from predict import main, network_size, read_rgb, read_size
@@ -21,8 +22,7 @@ from segmentation_module import make_model
 from tasks import get_task
 from utils import checkpoint
 from utils.errors import UserError
-from utils.plot import overlay
-from utils.visual import palette
+from utils.pictures import overlay, palette
 
 STEPS = [[0, 3, 7], [1, 12]]  # head order is not label order
 SEEN = [0, 3, 7, 1, 12]
@@ -42,7 +42,7 @@ def write_checkpoint(path: Path, knows_itself: bool = True, **changes) -> Path:
         torch.nn.init.normal_(classifier.weight, std=1.0)
     content = {"model_state": model.state_dict()}
     if knows_itself:
-        content |= {"options": vars(opts), "steps": steps, **changes}
+        content |= {"options": opts.record(), "steps": steps, **changes}
     checkpoint.save(path, content)
     return path
 
@@ -75,7 +75,7 @@ def test_masks_are_what_the_model_says_in_original_labels(ckpt, tmp_path):
     assert mask.mode == "P"
     assert mask.getpalette() == palette().flatten().tolist()
 
-    content = checkpoint.load(ckpt, "")
+    content = load(ckpt, "")
     model = make_model("resnet18", get_norm("abn"), [3, 2], pooling=4)
     model.load_state_dict(content["model_state"])
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_checkpoints_of_the_reference_need_to_be_told(tmp_path, capsys):
 def test_names_of_own_data_come_out_of_the_checkpoint(tmp_path):
     names = [f"thing {i}" for i in range(13)]
     opts = parse_run(FLAGS)[0].opts
-    options = {**vars(opts), "dataset": "folder", "task": "own", "data_root": "/gone"}
+    options = {**opts.record(), "dataset": "folder", "task": "own", "data_root": "/gone"}
     own = write_checkpoint(tmp_path / "own.pth", options=options, class_names=names)
     picture(64, 64).save(tmp_path / "x.png")
     assert run(own, tmp_path / "out", tmp_path / "x.png", "--scores") == 0
@@ -375,7 +375,7 @@ def test_the_size_is_that_of_the_test_unless_told(ckpt, tmp_path, monkeypatch):
         return network_size(width, height, shorter)
 
     monkeypatch.setattr(predict, "network_size", spy)
-    options = {**vars(parse_run(FLAGS)[0].opts), "crop_val": False}
+    options = {**parse_run(FLAGS)[0].opts.record(), "crop_val": False}
     whole = write_checkpoint(tmp_path / "whole.pth", options=options)
     for path, flags in ((ckpt, []), (ckpt, ["--size", 32]), (ckpt, ["--size", 0]), (whole, [])):
         assert run(path, tmp_path / "out", tmp_path / "x.png", *flags) == 0

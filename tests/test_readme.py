@@ -12,10 +12,11 @@ from PIL import Image
 
 import predict
 import report
-from argparser import Switch, get_parser, parse
-from benchmarks import ceilings, compare, data, eval, loss, norm, startup, step
+from argparser import get_parser, parse
+from benchmarks import ceilings, data, eval, loss, norm, startup, step
 from dataset import check, splits
 from tests.conftest import ROOT
+from utils.flags import Switch
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -56,7 +57,7 @@ def test_commands_parse(command: str, garden):
 
 OTHERS = {
     "predict.py": predict, "report.py": report, "dataset.check": check, "dataset.splits": splits,
-    "benchmarks.compare": compare, "data/make_toy.py": None,
+    "data/make_toy.py": None,
     **{f"benchmarks.{m.__name__.split('.')[-1]}": m
        for m in (ceilings, data, eval, loss, norm, startup, step)},
 }  # fmt: skip

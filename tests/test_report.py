@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset import DATASETS
+from dataset.catalog import DATASETS
+from engine.comparison import collect, find_files, scores_of
 from metrics import Scores
 from metrics.paper import LISTS, paper_scores
-from report import collect, find_files, lines_of, main, scores_of
+from report import curves_of, main
 from tasks import get_task
 from utils.results import ResultKey, write_results
 
@@ -29,7 +30,8 @@ def put(
     values = np.array(iou)
     scores = Scores(values, values, values, X, X, X, float(np.nanmean(values)), X, X, X, X)
     names = [f"class {i}" for i in range(classes)] if isinstance(classes, int) else classes
-    write_results(logdir, setting, ResultKey(name, method, step, seed), scores, names, lists)
+    write_results(logdir, setting, ResultKey(name, method, step, seed), iou, scores.means(), names,
+                  lists)  # fmt: skip
 
 
 def put_15_5(logdir: Path, name: str = "MIB", shift: float = 0.0, **more) -> None:
@@ -182,20 +184,52 @@ def test_the_plot_has_a_line_per_run(tmp_path, capsys):
     put_15_5(tmp_path, "MIB")
     for seed in (1, 2):
         put_15_5(tmp_path, "LWF", method="LWF", seed=seed, shift=-0.1 * seed)
-    report(capsys, tmp_path / "results", "--plot", tmp_path / "plots/a.png")
-    image = Image.open(tmp_path / "plots/a.png")
+    assert main([str(tmp_path / "results"), "--plot", str(tmp_path / "plots/a.png")]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == f"plot: {tmp_path / 'plots/a.png'}\n"
+    assert "plot:" not in captured.out  # which may go into a file
+    image = Image.open(tmp_path / "plots/a.png").convert("RGB")
     assert image.width > 600
     colors = {color for count, color in image.getcolors(2**24) if count > 150}  # type: ignore[union-attr]
-    assert {(0, 114, 178), (213, 94, 0), (0, 158, 115)} <= colors
-    report(capsys, tmp_path / "results/voc-15-5.csv", "--plot", tmp_path / "plots/a.png")
+    assert {(0, 114, 178), (213, 94, 0), (0, 0, 0)} <= colors
+    report(capsys, tmp_path / "results/voc-15-5.csv", "--plot", tmp_path / "plots/a.pdf")
+    assert (tmp_path / "plots/a.pdf").read_bytes().startswith(b"%PDF")
+    assert main([str(tmp_path / "results"), "--plot", str(tmp_path / "a.jpg")]) == 1
+    assert "a.jpg: its name must end in .png, .pdf, .svg" in capsys.readouterr().err
 
 
-def test_lines_of_one_name_are_told_apart(tmp_path):
+def test_curves_are_old_new_and_all_with_a_spread_over_seeds(tmp_path):
+    for seed, shift in ((1, 0.0), (2, 0.02), (3, 0.04)):
+        put_15_5(tmp_path, seed=seed, shift=shift)
+    ((setting, found),) = collect(find_files([tmp_path / "results"])).items()
+    (run,) = curves_of(setting, found)
+    assert (run.label, run.method) == ("MIB", "MIB")
+    expected = {
+        "old classes": [(0, 82, 2), (1, 62, 2)],
+        "new classes": [(0, X, X), (1, 32, 2)],  # class 20 has no ground truth
+        "all classes": [(0, 82, 2), (1, (15 * 62 + 4 * 32) / 19, 2)],
+    }
+    assert list(run.points) == list(expected)
+    for title, points in expected.items():
+        np.testing.assert_allclose(run.points[title], points)
+
+
+def test_curves_of_a_task_that_nobody_can_divide_show_all(tmp_path):
+    put(tmp_path, "folder-traffic", "a", 1, [0.5, 0.4, 0.2], classes=["ground", "road", "car"])
+    ((setting, found),) = collect(find_files([tmp_path / "results"])).items()
+    assert setting.sizes == ()
+    (run,) = curves_of(setting, found)
+    points = [run.points[f"{name} classes"] for name in ("old", "new", "all")]
+    np.testing.assert_allclose(points, [[(1, X, X)], [(1, X, X)], [(1, 30, X)]])
+
+
+def test_curves_of_one_name_are_told_apart(tmp_path):
     put_15_5(tmp_path, "a", method="FT")
     put_15_5(tmp_path, "a", method="MIB", seed=7)
     put_15_5(tmp_path, "b")
-    (found,) = collect(find_files([tmp_path / "results"])).values()
-    assert list(lines_of(found)) == ["a (FT, 42)", "a (MIB, 7)", "b"]
+    ((setting, found),) = collect(find_files([tmp_path / "results"])).items()
+    labels = [run.label for run in curves_of(setting, found)]
+    assert labels == ["a (FT, 42)", "a (MIB, 7)", "b"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from modules.norm import get_norm
-from segmentation_module import load_imagenet_weights, load_state, make_model
+from segmentation_module import MAPS, load_imagenet_weights, load_state, make_model
 from tests.conftest import GOLDEN
 from tests.reference import SEED, batch, fill
 from utils.errors import UserError
@@ -42,11 +42,11 @@ def test_forward_agrees_with_the_official_code(backbone: str, norm: str):
     golden, name = np.load(GOLDEN / "network.npz"), f"{backbone}_{norm}"
     model, (images, _) = build(backbone, norm), batch(99, [0])
     with torch.no_grad():
-        out = model.eval()(images)
+        out = model.eval()(images, ("mod5", "pre_logits"))
         for key, value in (
             ("eval_logits", upsampled(out.logits, images)),
-            ("eval_body_mean", out.features.mean((2, 3))),
-            ("eval_prelogits", out.pre_logits.mean((2, 3))),
+            ("eval_body_mean", out.maps["mod5"].mean((2, 3))),
+            ("eval_prelogits", out.maps["pre_logits"].mean((2, 3))),
         ):
             expected = golden[f"{name}_{key}"]
             close(f"{name}_{key}", value, expected, 1e-5 * np.abs(expected).max())
@@ -70,10 +70,11 @@ def test_eval_pooling_and_stride_agree(case: str, stride: int, pooling: int, siz
     g = torch.Generator().manual_seed(SEED * 1000 + 98)
     images = torch.randn(2, 3, *size, generator=g)
     with torch.no_grad():
-        out = build("resnet18", "abn", stride, pooling).eval()(images)
+        model = build("resnet18", "abn", stride, pooling).eval()
+        out = model(images, ("pre_logits",))
     for key, value in (
         ("eval_logits", upsampled(out.logits, images)),
-        ("eval_prelogits", out.pre_logits.mean((2, 3))),
+        ("eval_prelogits", out.maps["pre_logits"].mean((2, 3))),
     ):
         expected = golden[f"{name}_{key}"]
         close(f"{name}_{key}", value, expected, 1e-5 * np.abs(expected).max())
@@ -110,8 +111,20 @@ def test_balanced_init_shares_the_background_probability():
     assert model.cls[0].bias[0] == old.cls[0].bias[0] - math.log(4)
 
 
-def test_fix_bn_survives_train_mode():
-    model = make_model("resnet18", get_norm("iabn"), [2], pooling=4, fix_bn=True)
+def test_only_the_maps_asked_for_are_kept():
+    model = make_model("resnet18", get_norm("abn"), [2], pooling=4).eval()
+    images = torch.randn(1, 3, 64, 64)
+    assert model(images).maps == {}
+    everything = model(images, MAPS).maps
+    assert {name: map_.shape[1:] for name, map_ in everything.items()} == {
+        "mod1": (64, 16, 16), "mod2": (64, 16, 16), "mod3": (128, 8, 8), "mod4": (256, 4, 4),
+        "mod5": (512, 4, 4), "pre_logits": (256, 4, 4),
+    }  # fmt: skip
+
+
+def test_frozen_norms_survive_train_mode():
+    model = make_model("resnet18", get_norm("iabn"), [2], pooling=4)
+    model.freeze_norms()
     before = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
     model.train()(torch.randn(2, 3, 64, 64)).logits.sum().backward()
     assert model.head.training

@@ -9,15 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-import run
 from argparser import parse
+from engine.build import build_learner
+from methods.groups import FeatureDistillation, PixelTerms
 from methods.loss import UnbiasedCrossEntropy, UnbiasedKnowledgeDistillation, WeightedTerm
+from methods.objective import Losses, Objective
 from methods.regularizer import make_regularizers
+from methods.table import Method
 from modules.norm import get_norm
 from segmentation_module import make_model
-from train import Learner, Losses, Objective, Precision, TermLog, to_device
+from train import Learner, TermLog, to_device
 from utils.checkpoint import load_optimizer
 from utils.errors import UserError
+from utils.precision import Precision
 from utils.scheduler import poly
 
 
@@ -34,11 +38,10 @@ class Quadratic:
 
 def learner_of(student: nn.Module, teacher: nn.Module, stored: dict) -> Learner:
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, nesterov=True)
-    regularizers = make_regularizers(
-        "ewc", student, teacher, {"ewc": stored}, normalize=False, alpha=0.9, interval=1
-    )
+    method = Method(regularizer="ewc", reg_no_normalize=True, reg_importance=3.0)
+    regularizers = make_regularizers(method, student, teacher, {"ewc": stored})
     precision = Precision(torch.device("cpu"))
-    return Learner(student, optimizer, poly(optimizer, 10), precision, regularizers, 3.0)
+    return Learner(student, optimizer, poly(optimizer, 10), precision, regularizers)
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def parts():
 
 
 def test_the_fisher_sees_the_gradient_of_the_data_alone(parts):
-    """SPEC section 8: update, then the penalty's gradient, then the optimizer."""
+    """First the update, then the penalty's gradient, then the optimizer."""
     student, teacher, stored = parts
     before = student.weight.detach().clone()
     learner = learner_of(student, teacher, stored)
@@ -97,7 +100,7 @@ def test_an_overflow_in_the_first_iteration_leaves_no_trace(monkeypatch):
     ((opts, _),) = parse(["--lr", "0.1"])
     precision = Precision(torch.device("cpu"), torch.float16)
     context = SimpleNamespace(opts=opts, precision=precision)
-    learner = run.build_learner(context, student, None, {}, 10)
+    learner = build_learner(context, student, None, {}, 10)
     reference = torch.optim.SGD(
         expected.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4
     )
@@ -161,7 +164,8 @@ def test_an_iteration_on_cuda_waits_for_nothing(dtype):
         "unce": WeightedTerm(UnbiasedCrossEntropy(16), 1.0),
         "unkd": WeightedTerm(UnbiasedKnowledgeDistillation(), 10.0),
     }
-    objective = Objective(student, teacher, terms, 1.0, precision)
+    groups = [PixelTerms(terms, asks_teacher=True), FeatureDistillation(1.0)]
+    objective = Objective(groups, student, teacher, precision)
     images = torch.zeros(2, 64, 64, 3, dtype=torch.uint8).permute(0, 3, 1, 2).pin_memory()
     labels = torch.zeros(2, 64, 64, dtype=torch.uint8).pin_memory()
     for i in range(3):

@@ -1,4 +1,4 @@
-"""A run of its own name at a time: a lock that vanishes with the process that holds it."""
+"""One run of a name at a time: a lock that vanishes with the process that holds it."""
 
 import errno
 import fcntl
@@ -37,7 +37,8 @@ def run_lock(path: Path, what: str) -> Iterator[None]:
 
 def _take(descriptor: int, path: Path, what: str) -> None:
     try:
-        # Not flock: a forked process that outlives the run would hold that one on.
+        # Not flock: a forked process that outlives the run would hold that one on. The package
+        # filelock uses it; up to 3.29 (tried) it also wipes out the text of a lock that is held.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.visual import save_png
+from utils.pictures import save_png
 
 # Libraries that tell their inner life at DEBUG, one line per chunk of a PNG for instance.
 CHATTY = ("PIL", "wandb", "urllib3", "git")

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from metrics.stream_metrics import Scores
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -42,30 +41,32 @@ def write_results(
     logdir: Path,
     setting: str,
     key: ResultKey,
-    scores: Scores,
+    iou: Sequence[float],
+    means: Mapping[str, float],
     class_names: Sequence[str],
-    lists: tuple[int, int] | None = None,
+    list_lengths: tuple[int, int] | None = None,
 ) -> None:
     """Adds a tested step to both files, or replaces its row.
 
     Args:
+        iou: of the classes seen so far; nan where there is no ground truth.
+        means: the single numbers, by column.
         class_names: all classes of the task in head order, background first. Each gets a column
             `<index>:<name>`, empty where the step does not know the class yet.
-        lists: lengths of the data set's train and val list, in columns LISTS of the per-class file:
+        list_lengths: of the data set's train and val list, in columns LISTS of the per-class file:
             they tell the real data from a toy set in its layout.
 
     Raises:
         UserError: the disk is full, the folder not writable, or a file there is no result file.
     """
-    per_class, means = result_files(logdir, setting)
+    per_class, mean_file = result_files(logdir, setting)
     columns = [f"{index}:{name}" for index, name in enumerate(class_names)]
-    iou = [_text(value) for value in scores.iou]
     unseen = [""] * (len(columns) - len(iou))
-    row = dict(zip(LISTS, map(str, lists or ()), strict=False))
-    row["mean_iou"] = _text(scores.with_background)
-    row |= dict(zip(columns, iou + unseen, strict=True))
+    row = dict(zip(LISTS, map(str, list_lengths or ()), strict=False))
+    row["mean_iou"] = _text(means["with_background"])
+    row |= dict(zip(columns, [_text(value) for value in iou] + unseen, strict=True))
     _put(per_class, key, row)
-    _put(means, key, {name: _text(value) for name, value in scores.means().items()})
+    _put(mean_file, key, {name: _text(value) for name, value in means.items()})
 
 
 def read_results(path: Path) -> list[dict[str, str | int | float | None]]:

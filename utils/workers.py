@@ -1,4 +1,4 @@
-"""Data workers: born of a server without threads, deaf to all signals but their parent's."""
+"""Data workers: processes that a server without threads forks, and that only their parent stops."""
 
 import multiprocessing
 import os
@@ -19,8 +19,10 @@ from utils.signals import STOPPING
 
 
 @cache
-def context() -> BaseContext:
-    """What starts workers: a fork server that has imported the program, running from here on.
+def context(needed: type) -> BaseContext:
+    """What starts workers: a fork server that has imported the module of the class `needed`.
+
+    It runs from here on.
 
     A fork of the run itself copies locks that its threads may hold (those of gloo, autograd and
     TensorBoard). Before Python 3.12 the worker then sometimes hangs, and the run with it.
@@ -30,14 +32,14 @@ def context() -> BaseContext:
     path = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(path)
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["run"])
+    server.set_forkserver_preload([needed.__module__])
     with _shielded():
         forkserver.ensure_running()
     return server
 
 
 def start(loader: DataLoader[Any]) -> Iterator[Any]:
-    """`iter(loader)` whose workers are born with the stopping signals blocked."""
+    """`iter(loader)` whose workers start with the stopping signals blocked."""
     with _shielded():
         return iter(loader)
 

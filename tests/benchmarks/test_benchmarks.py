@@ -47,7 +47,7 @@ def test_both_sides_of_eval_count_the_same():
 
 def test_step_with_phases(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step, "alone", lambda function, *args: function(*args))
-    for owner, name in ((step.train, "pixel_losses"), (torch.autograd, "backward")):
+    for owner, name in ((step.groups, "pixel_losses"), (torch.autograd, "backward")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # phases wraps them
     file = tmp_path / "step.json"
     start(

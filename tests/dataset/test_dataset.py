@@ -14,10 +14,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 
-from dataset import ADE, DATASETS, VOC, build_datasets, get_spec, hold_out, label_map
-from dataset.incremental import IncrementalSegmentation, collate
+from dataset.ade import ADE
+from dataset.build import build_datasets, hold_out
+from dataset.catalog import DATASETS, get_spec
+from dataset.draws import AUGMENT, generator
+from dataset.incremental import IncrementalSegmentation, collate, label_map
 from dataset.sampler import EvalBatchSampler, TrainBatchSampler
 from dataset.transform import EvalTransform
+from dataset.voc import VOC
 from tasks import get_task
 from tests.trees import (
     GOLDEN,
@@ -416,6 +420,14 @@ def test_step_and_seed_are_checked(voc):
 
 
 # --- every random draw has an address ---
+
+
+def test_draws_are_those_of_earlier_versions():
+    """Else an interrupted run would go on with other images."""
+    shuffled = list(TrainBatchSampler(8, 4, seed=42))
+    assert [[i for _, i in batch] for batch in shuffled] == [[1, 6, 5, 4], [2, 0, 3, 7]]
+    assert hold_out(np.arange(10), 0)[1].tolist() == [6, 9]
+    assert generator(AUGMENT, 0, 1, 2).integers(1000, size=3).tolist() == [205, 985, 18]
 
 
 def batches(data: IncrementalSegmentation, workers: int, epoch: int = 1, start: int = 0):

@@ -16,7 +16,9 @@ import predict
 import report
 import run
 from argparser import parse
-from dataset import build_datasets, get_spec
+from dataset import splits
+from dataset.build import build_datasets
+from dataset.catalog import get_spec
 from dataset.check import check, main
 from dataset.folder import collect_samples, read_layout
 from tests.conftest import ROOT
@@ -74,6 +76,8 @@ def test_a_val_share_is_drawn_by_the_seed_alone(own):
         assert drawn[seed] == (stems(own, "train"), stems(own, "val"))
         assert sorted(drawn[seed][0] + drawn[seed][1]) == ["a", "b", "c", "d", "e"]
         assert len(drawn[seed][1]) == 2
+    # As in earlier versions, else a run that goes on would validate on what it trained on.
+    assert [drawn[seed][1] for seed in range(4)] == [list("ce"), list("bc"), list("ac"), list("ae")]
     assert len({str(split) for split in drawn.values()}) > 1
 
 
@@ -100,30 +104,44 @@ def test_a_step_sees_its_images_and_labels(own, tmp_path_factory):
         spec, own, spec.task("2-1"), 1, overlap=False, crop_size=32, seed=0, crop_val=False,
         workdir=tmp_path_factory.mktemp("work"),
     )  # fmt: skip
-    assert data.lists == (4, 1)
+    assert data.list_lengths == (4, 1)
     assert data.train.indices.tolist() == [2]  # deep/c: tree and ignored
     assert set(np.unique(data.train[0][1])) <= {0, 3}
     assert np.unique(data.test[0][1]).tolist() == [1, 2, 3, 255]  # the sign is of a later step
 
 
+def test_the_command_of_the_lists_takes_it(own, tmp_path_factory, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+    describe(own, tasks={"traffic": [["road", "car"], ["tree", "sign"]]})
+    splits.main(["--dataset", "folder", "--data_root", str(own), "--task", "traffic"])
+    assert capsys.readouterr().out == "step 0: 2 images\nstep 1: 2 images\n"
+
+
 BROKEN = [
-    ({"classes": "road"}, "'classes' must list the names"),
-    ({"classes": ["ground"]}, "1 classes: 2 to 254 are possible"),
+    ({"classes": "road"}, "'classes' is \"road\": input should be a valid list"),
+    ({"classes": ["ground"]}, "'classes' is .*: list should have at least 2 items .*not 1"),
     ({"classes": ["ground", "a", "a", " "]}, "class 3 has the name ' '.*two .* called 'a'"),
     ({"ignore": 4}, "'ignore' is 4: use a label from 5 to 255"),
-    ({"ignore": True}, "'ignore' is True"),
-    ({"background": 1}, "'background' must be true"),
+    ({"ignore": True}, "'ignore' is true: input should be a valid integer"),
+    ({"background": 1}, "'background' is 1: input should be a valid boolean"),
     ({"images": "../images"}, "'images' must be a path below"),
     ({"masks": "/masks"}, "'masks' must be a path below"),
     ({"val": ...}, "give either 'train' and 'val'"),
     ({"val_share": 0.1}, "give either 'train' and 'val'"),
-    ({"train": ..., "val": ..., "val_share": 1.5}, "'val_share' is 1.5"),
-    ({"seed": -1}, "'seed' must be a whole number"),
-    ({"seed": True}, "'seed' must be a whole number"),
+    ({"train": ..., "val": ..., "val_share": 1.5},
+     "'val_share' is 1.5: input should be less than 1"),
+    ({"seed": -1}, "'seed' is -1: input should be greater than or equal to 0"),
+    ({"seed": True}, "'seed' is true: input should be a valid integer"),
+    ({"classes": ...}, "no key 'classes', which is needed"),
+    ({"classes": [1, "a"]}, "'classes.0' is 1: input should be a valid string"),
+    ({"classes": [str(i) for i in range(255)]}, "list should have at most 254 items"),
+    ({"val_share": float("nan"), "train": ..., "val": ...}, "'val_share' is NaN"),
+    ({"train": ..., "val": ...}, "give either 'train' and 'val'"),
     ({"clases": []}, "unknown key 'clases', use background, classes"),
-    ({"tasks": []}, "'tasks' must be an object"),
+    ({"tasks": []}, r"'tasks' is \[\]: input should be a valid dictionary"),
     ({"tasks": {"a-b": [[1, 2, 3, 4]]}}, "task 'a-b': use letters"),
-    ({"tasks": {"t": [1]}}, "task 't' must be a list of steps"),
+    ({"tasks": {"t": [1]}}, "'tasks.t.0' is 1: input should be a valid list"),
+    ({"tasks": {"t": [[True, 2, 3, 4]]}}, "task 't': True is neither a class name nor a label"),
     ({"tasks": {"t": [["road", 1, 9, "bus"], []]}},
      "'t': step 1 is empty.*'road' occurs twice.*9 is nei.*'bus' is nei.*no step learns car"),
 ]  # fmt: skip
@@ -138,6 +156,26 @@ def test_every_mistake_in_the_file_is_named(own, changes, message):
     assert all(problem.startswith(str(own / "dataset.json")) for problem in problems)
     with pytest.raises(UserError):
         get_spec("folder", own)
+
+
+def test_all_mistakes_are_named_at_once_and_an_unknown_key_first(own):
+    describe(own, clases=[], ignore=4, masks="", seed=0.5, val=..., tasks={"t": [[1]], "-": [[7]]})
+    problems = [problem.split("dataset.json: ")[1] for problem in read_layout(own)[1]]
+    expected = [
+        "unknown key", "'ignore' is 4", "'masks' must", "give either", "'seed' is 0.5",
+        "task 't': no step", "task '-': use", "task '-': 7 is", "task '-': no step",
+    ]  # fmt: skip
+    assert len(problems) == len(expected), problems
+    assert all(map(str.startswith, problems, expected)), problems
+    describe(own, classes=[], ignore=4, tasks={"-": [[1]]})  # labels mean nothing without classes
+    assert len(read_layout(own)[1]) == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_file_may_be_in_any_unicode_encoding(own, encoding):
+    text = (own / "dataset.json").read_text()
+    (own / "dataset.json").write_bytes(text.replace("road", "Straße").encode(encoding))
+    assert get_spec("folder", own).class_names[1] == "Straße"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 10000])

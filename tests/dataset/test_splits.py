@@ -1,6 +1,5 @@
-"""The lists of a step: which images, where they are stored, when they are computed again."""
+"""The lists of a step: which images, when they are computed, when a given list is used."""
 
-import json
 import logging
 import os
 import subprocess
@@ -10,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset import ADE, VOC, get_spec
 from dataset import splits as splits_module
+from dataset.ade import ADE
+from dataset.catalog import get_spec
 from dataset.spec import DatasetSpec
 from dataset.splits import main, presence_table, step_indices, training_indices
+from dataset.voc import VOC
 from tasks import Task, get_task
 from tests.trees import (
     PHOTOGRAPHS,
@@ -117,8 +118,7 @@ def test_overlapped_and_disjoint(voc, tmp_path):
     expected = {(0, True): [0, 1, 4], (1, True): [1, 2], (0, False): [0, 4], (1, False): [1, 2]}
     for (step, overlap), images in expected.items():
         assert indices(voc, tmp_path, step, overlap) == images
-    folders = {path.name for path in (tmp_path / "data/voc").iterdir() if path.is_dir()}
-    assert folders == {"15-5", "15-5-ov"}
+    assert [path.suffix for path in (tmp_path / "data/voc").iterdir()] == [".npz"]
 
 
 def test_another_order_of_classes(voc, tmp_path):
@@ -194,51 +194,23 @@ def test_the_scan_refuses_foreign_labels(tmp_path, spec, label):
     assert not (tmp_path / "data").exists()
 
 
-# --- stored lists ---
+def test_every_flipped_bit_of_the_cache_is_noticed_or_harmless(voc, tmp_path):
+    samples, cache = VOC.find_samples(voc, "train"), tmp_path / "presence.npz"
+    expected = presence_table(VOC, samples, cache)
+    content = cache.read_bytes()
+    for at in range(len(content)):
+        cache.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        assert np.array_equal(presence_table(VOC, samples, cache), expected)
 
 
-def store(work: Path, step: int, content: np.ndarray, folder: str = "15-5-ov") -> Path:
-    path = work / "data" / "voc" / folder / f"train-{step}.npy"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, content)
-    return path
-
-
-def test_stored_lists_are_used(voc, tmp_path, monkeypatch):
-    expected = indices(voc, tmp_path, 1)
-    no_scan(monkeypatch)
-    monkeypatch.setattr(splits_module, "presence_table", lambda *_: pytest.fail("computed"))
-    assert indices(voc, tmp_path, 1) == expected
-
-
-def test_foreign_lists_are_used_as_they_are_and_never_overwritten(voc, tmp_path):
-    path = store(tmp_path, 1, np.array([3, 0], dtype=np.int32))
-    content = path.read_bytes()
-    assert indices(voc, tmp_path, 1) == [3, 0]
-    assert indices(voc, tmp_path, 0) == [0, 1, 4]
-    os.utime(VOC.find_samples(voc, "train")[0].mask, (1, 1))
-    assert indices(voc, tmp_path, 0) == [0, 1, 4]
-    assert indices(voc, tmp_path, 1) == [3, 0]
-    assert path.read_bytes() == content
-
-
-def test_lists_computed_for_other_data_are_computed_again(voc, tmp_path, caplog):
+def test_other_data_gets_its_own_lists(voc, tmp_path):
     work = tmp_path / "work"
-    assert indices(voc, work) == [0, 1, 4]
     other = make_voc(tmp_path / "other", [mask_of(16), mask_of(1), mask_of(2)])
-    with caplog.at_level(logging.INFO):
+    for _ in range(2):  # computed, then cached
+        assert indices(voc, work) == [0, 1, 4]
         assert indices(other, work) == [1, 2]
-    assert "were computed for other data" in caplog.text
-    assert indices(other, work, 1) == [0]
-    assert indices(voc, work, 1) == [1, 2]
-
-
-def test_a_list_replaced_by_hand_survives_a_change_of_data(voc, tmp_path):
-    indices(voc, tmp_path)
-    store(tmp_path, 0, np.array([2]))
-    os.utime(VOC.find_samples(voc, "train")[0].mask, (1, 1))
-    assert indices(voc, tmp_path, 1) == [1, 2]
-    assert indices(voc, tmp_path, 0) == [2]
+        assert indices(other, work, 1) == [0]
+        assert indices(voc, work, 1) == [1, 2]
 
 
 def test_a_changed_mask_is_noticed(voc, tmp_path):
@@ -266,25 +238,53 @@ def test_the_fingerprint_sees_name_size_and_time(voc):
     assert len(set(seen)) == 4
 
 
-def test_a_deleted_list_comes_back(voc, tmp_path):
-    indices(voc, tmp_path)
-    path = tmp_path / "data/voc/15-5-ov/train-1.npy"
+# --- given lists ---
+
+
+def store(work: Path, step: int, content: np.ndarray, folder: str = "15-5-ov") -> Path:
+    path = work / "data" / "voc" / folder / f"train-{step}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, content)
+    return path
+
+
+def test_a_given_list_is_used_as_it_is_and_never_overwritten(voc, tmp_path, caplog):
+    path = store(tmp_path, 1, np.array([3, 0], dtype=np.int32))
     content = path.read_bytes()
-    path.unlink()
-    assert indices(voc, tmp_path, 1) == [1, 2]
+    with caplog.at_level(logging.INFO):
+        assert indices(voc, tmp_path, 1) == [3, 0]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"split list {path} is used as it is"
+    ]
+    assert indices(voc, tmp_path, 0) == [0, 1, 4]
+    os.utime(VOC.find_samples(voc, "train")[0].mask, (1, 1))
+    assert indices(voc, tmp_path, 0) == [0, 1, 4]
+    assert indices(voc, tmp_path, 1) == [3, 0]
     assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path]
 
 
-def test_lists_cut_short_by_a_kill_are_completed(voc, tmp_path):
-    """The record is written first: what it names and is not there counts as ours, not foreign."""
-    indices(voc, tmp_path)
-    folder = tmp_path / "data/voc/15-5-ov"
-    for name in ("train-0.npy", "train-1.npy"):
-        (folder / name).unlink()
-    assert indices(voc, tmp_path, 1) == [1, 2]
-    assert set(json.loads((folder / "lists.json").read_text())["sha256"]) == {
-        "train-0.npy", "train-1.npy"
-    }  # fmt: skip
+def test_a_given_list_needs_no_scan(voc, tmp_path, monkeypatch):
+    store(tmp_path, 1, np.array([3, 0]))
+    no_scan(monkeypatch)
+    monkeypatch.setattr(splits_module, "presence_table", lambda *_: pytest.fail("computed"))
+    assert indices(voc, tmp_path, 1) == [3, 0]
+
+
+def test_lists_that_an_earlier_version_computed_are_not_used(voc, tmp_path, caplog):
+    """It named in lists.json those that it computed; another one beside them was given."""
+    path = store(tmp_path, 0, np.array([2]))
+    store(tmp_path, 1, np.array([3, 0]))
+    record = path.with_name("lists.json")
+    record.write_text('{"data": "0123456789abcdef", "sha256": {\n  "train-0.npy": "…"}}')
+    with caplog.at_level(logging.INFO):
+        assert indices(voc, tmp_path, 0) == [0, 1, 4]
+    (said,) = caplog.messages
+    assert f"{path} of an earlier version is computed again; delete {record} to use it" in said
+    assert np.load(path).tolist() == [2]
+    assert indices(voc, tmp_path, 1) == [3, 0]
+    record.unlink()
+    assert indices(voc, tmp_path, 0) == [2]
 
 
 @pytest.mark.parametrize(
@@ -302,14 +302,14 @@ def test_lists_cut_short_by_a_kill_are_completed(voc, tmp_path):
         (np.array([{}], dtype=object), "cannot be read .*allow_pickle=False"),
     ],
 )
-def test_a_stored_list_that_does_not_fit(voc, tmp_path, content, message):
+def test_a_given_list_that_does_not_fit(voc, tmp_path, content, message):
     path = store(tmp_path, 0, content)
     with pytest.raises(UserError, match=f"split list {path} {message}"):
         indices(voc, tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04", b"\x80\x04N."])
-def test_a_stored_list_that_is_none(voc, tmp_path, content):
+def test_a_given_list_that_is_none(voc, tmp_path, content):
     path = store(tmp_path, 0, np.arange(3))
     for damaged in (content, path.read_bytes()[:-4], path.read_bytes()[:20]):
         path.write_bytes(damaged)
@@ -325,66 +325,27 @@ def test_an_archive_of_arrays_is_no_list(voc, tmp_path):
         indices(voc, tmp_path)
 
 
-def test_a_computed_list_that_was_changed_is_refused(voc, tmp_path):
-    indices(voc, tmp_path)
-    path = store(tmp_path, 0, np.array([0, 1]))
-    with pytest.raises(UserError, match=f"{path} was changed.*delete .*lists.json to use it"):
-        indices(voc, tmp_path)
-    (path.parent / "lists.json").unlink()
-    assert indices(voc, tmp_path) == [0, 1]
-
-
-def test_every_flipped_bit_of_a_computed_list_is_noticed(voc, tmp_path):
-    expected = indices(voc, tmp_path)
-    path = tmp_path / "data/voc/15-5-ov/train-0.npy"
-    content = path.read_bytes()
-    for at in range(0, len(content), 3):
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
-        with pytest.raises(UserError, match=f"split list {path}"):
-            indices(voc, tmp_path)
-    path.write_bytes(content)
-    assert indices(voc, tmp_path) == expected
-
-
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"data": 1, "sha256": {}}', '{"data": "x", "sha256": []}', "\0"]
-)
-def test_a_damaged_record(voc, tmp_path, content):
-    indices(voc, tmp_path)
-    (tmp_path / "data/voc/15-5-ov/lists.json").write_text(content)
-    with pytest.raises(UserError, match="lists.json is damaged .*delete it and the lists"):
-        indices(voc, tmp_path)
-
-
-def test_a_record_cannot_name_files_elsewhere(voc, tmp_path):
-    indices(voc, tmp_path)
-    victim = tmp_path / "data/voc/train-0.npy"
-    (tmp_path / "data/voc/15-5-ov/train-0.npy").rename(victim)
-    record = tmp_path / "data/voc/15-5-ov/lists.json"
-    content = json.loads(record.read_text())
-    sha256 = {"../train-0.npy": content["sha256"]["train-0.npy"]}
-    record.write_text(json.dumps({"data": "other", "sha256": sha256}))
-    assert indices(voc, tmp_path) == [0, 1, 4]
-    assert victim.exists()
-
-
 def test_a_step_without_images(voc, tmp_path):
     task = get_task("voc", "15-5s")
     assert indices(voc, tmp_path, 1, True, task) == [1]
-    for _ in range(2):  # computed, then stored
+    for _ in range(2):  # computed, then from the cache
         with pytest.raises(UserError, match=f"step 5 of task 15-5s has no training image in {voc}"):
             indices(voc, tmp_path, 5, True, task)
     with pytest.raises(UserError, match="disjoint setting, try --overlap"):
         indices(voc, tmp_path, 5, False, task)
 
 
-def test_ade_has_one_folder_for_both_settings(tmp_path):
+def test_ade_has_one_place_for_both_settings(tmp_path):
     root = make_ade(tmp_path, [mask_of(1, 120), mask_of(150), mask_of(0)])
     task = get_task("ade", "100-50")
     for overlap in (True, False):
         lists = [training_indices(ADE, root, task, t, overlap, tmp_path).tolist() for t in (0, 1)]
         assert lists == [[0], [1]]
-    assert {path.name for path in (tmp_path / "data/ade").iterdir() if path.is_dir()} == {"100-50"}
+    given = tmp_path / "data/ade/100-50/train-0.npy"
+    given.parent.mkdir()
+    np.save(given, np.array([2]))
+    for overlap in (True, False):
+        assert training_indices(ADE, root, task, 0, overlap, tmp_path).tolist() == [2]
 
 
 # --- the command ---
@@ -401,17 +362,26 @@ def command(work: Path, *arguments: object) -> subprocess.CompletedProcess:
     )
 
 
-def test_command_writes_every_step_and_counts(voc, tmp_path):
+def test_command_counts_and_stores_every_step_where_told_to(voc, tmp_path):
     task = ("--dataset", "voc", "--data_root", voc, "--task", "15-1", "--overlapped")
+    counts = [f"step {step}: {n} images" for step, n in enumerate([3, 1, 1, 0, 0, 0])]
     result = command(tmp_path, *task)
     assert result.returncode == 0
-    assert result.stdout.splitlines() == [
-        f"step {step}: {count} images, data/voc/15-5s-ov/train-{step}.npy"
-        for step, count in enumerate([3, 1, 1, 0, 0, 0])
-    ]
+    assert result.stdout.splitlines() == counts
     assert "classes in voc masks: 100%" in result.stderr
     assert "Warning" not in result.stderr
-    assert np.load(tmp_path / "data/voc/15-5s-ov/train-0.npy").tolist() == [0, 1, 4]
+    assert not list(tmp_path.rglob("*.npy"))
+
+    result = command(tmp_path, *task, "--out", "lists")
+    assert result.stdout.splitlines() == [
+        f"{line}, lists/train-{step}.npy" for step, line in enumerate(counts)
+    ]
+    assert np.load(tmp_path / "lists/train-0.npy").tolist() == [0, 1, 4]
+    (tmp_path / "lists/train-0.npy").write_bytes(b"mine")
+    result = command(tmp_path, *task, "--out", "lists")
+    assert result.returncode == 1
+    assert "error: split list lists/train-0.npy exists" in result.stderr
+    assert (tmp_path / "lists/train-0.npy").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(

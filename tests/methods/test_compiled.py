@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from methods import pieces
+from methods.groups import FeatureDistillation, PixelTerms
 from methods.loss import WeightedTerm, cross_entropy
+from methods.objective import Objective
 from segmentation_module import Output
 from tests.methods.test_pieces import (
     NEW,
@@ -20,10 +22,10 @@ from tests.methods.test_pieces import (
     plain,
     terms_of,
 )
-from train import Objective, Precision
 from utils.compiled import CompiledOrPlain, check_compiler, reset_compiler
 from utils.constants import IGNORE_INDEX
 from utils.errors import UserError
+from utils.precision import Precision
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler"
@@ -110,9 +112,9 @@ class Tiny(nn.Module):
         super().__init__()
         self.body, self.cls = nn.Conv2d(3, 4, 3, 4, 1), nn.Conv2d(4, classes, 1)
 
-    def forward(self, images):
+    def forward(self, images, maps=()):
         features = self.body(images)
-        return Output(self.cls(features), features, features)
+        return Output(self.cls(features), dict.fromkeys(maps, features))
 
 
 @needs_compiler
@@ -126,7 +128,9 @@ def test_a_compiled_objective_has_the_same_terms_and_gradients():
     for compiled in (False, True):
         student.zero_grad()
         precision = Precision(torch.device("cpu"))
-        objective = Objective(student, teacher, terms_of("MIB"), 2.0, precision, compiled)
+        pixels = PixelTerms(terms_of("MIB"), asks_teacher=True, compiled=compiled)
+        groups = [pixels, FeatureDistillation(2.0)]
+        objective = Objective(groups, student, teacher, precision, compiled)
         total, terms, _ = objective(images, labels)
         total.backward()
         results.append((terms, [p.grad.clone() for p in student.parameters()]))

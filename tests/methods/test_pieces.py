@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,29 +15,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import harness
 from benchmarks import loss as benchmark
 from methods import pieces
+from methods.groups import pixel_terms
 from methods.loss import WeightedTerm, cross_entropy
 from methods.pieces import _bands, pixel_losses, predict
-from methods.table import METHODS, pixel_terms
+from methods.table import METHODS, Method
 from utils.compiled import check_compiler
 from utils.constants import IGNORE_INDEX
 from utils.errors import UserError
 
 OLD, NEW = 4, 3
-OFF = {"icarl_disjoint": False, "icarl_bkg": False, "alpha": 1.0}
-COMBINATIONS = {name: OFF | method.flags("15-5s") for name, method in METHODS.items()} | {
-    "LWF alpha 2": OFF | METHODS["LWF"].flags("19-1") | {"alpha": 2.0},
-    "MIB alpha 2": OFF | METHODS["MIB"].flags("19-1") | {"alpha": 2.0},
-    "iCaRL disjoint": OFF | METHODS["LWF-MC"].flags("19-1") | {"icarl_disjoint": True},
-    "iCaRL disjoint, background": OFF
-    | METHODS["LWF-MC"].flags("19-1")
-    | {"icarl_disjoint": True, "icarl_bkg": True},
-    "everything": OFF | METHODS["LWF-MC"].flags("19-1") | {"loss_kd": 3.0, "unkd": True},
+COMBINATIONS: dict[str, Method] = {
+    **{name: method.at("voc", "15-5s") for name, method in METHODS.items()},
+    "LWF alpha 2": replace(METHODS["LWF"], alpha=2.0),
+    "MIB alpha 2": replace(METHODS["MIB"], alpha=2.0),
+    "iCaRL disjoint": replace(METHODS["LWF-MC"], icarl_disjoint=True),
+    "iCaRL disjoint, background": replace(
+        METHODS["LWF-MC"], icarl_disjoint=True, icarl_bkg=True
+    ),
+    "everything": replace(METHODS["LWF-MC"], loss_kd=3.0, unkd=True),
 }
 
 
 def terms_of(combination: str, step: int = 1) -> dict[str, WeightedTerm]:
-    opts = SimpleNamespace(**COMBINATIONS[combination])
-    return pixel_terms(opts, OLD if step else None)
+    return pixel_terms(COMBINATIONS[combination], OLD if step else None)
 
 
 def batch(small, size, step=1, images=3):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from methods.regularizer import EWC, PI, RW, make_regularizers
+from methods.table import Method
 from utils.errors import UserError
 
 
@@ -18,10 +19,8 @@ def model(seed: int, outputs: int = 3) -> nn.Module:
 
 
 def build(kind: str, student: nn.Module, teacher: nn.Module | None, earlier=None, interval=2):
-    several = make_regularizers(
-        kind, student, teacher, {kind: earlier}, normalize=True, alpha=0.9, interval=interval
-    )
-    return several.parts[kind]
+    method = Method(regularizer=kind, reg_iterations=interval)
+    return make_regularizers(method, student, teacher, {kind: earlier}).parts[kind]
 
 
 def iterate(student: nn.Module, regularizer, seed: int) -> None:
@@ -181,12 +180,11 @@ def test_a_gradient_that_overflowed_is_noticed():
 
 def test_one_step_0_collects_for_all_what_each_would_alone():
     student = model(0)
-    together = make_regularizers(
-        "ewc,pi,rw", student, None, None, normalize=True, alpha=0.9, interval=2
-    )
+    method = Method(regularizer="ewc,pi,rw", reg_iterations=2, reg_importance=500)
+    together = make_regularizers(method, student, None, None)
     for i in range(5):
         iterate(student, together, i)
-        assert together.add_penalty_gradient(500.0) is None
+        assert together.add_penalty_gradient() == {}
     for kind, exported in together.export().items():
         _, alone = trained(kind)
         for name, tensors in alone.items():

@@ -17,15 +17,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import train
 from argparser import parse
+from methods import groups
+from methods.objective import make_objective
 from methods.regularizer import make_regularizers
-from methods.table import METHODS, pixel_terms
+from methods.start import start_student
+from methods.table import METHODS
 from modules.norm import get_norm
 from segmentation_module import load_state, make_model
 from tests.conftest import GOLDEN
 from tests.reference import batch, fill
-from train import Learner, Objective, Precision
+from train import Learner
+from utils.precision import Precision
 from utils.scheduler import poly
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
@@ -54,21 +57,15 @@ def run_step(flags, norm, classes, labels, first_batch, previous=None):
         load_state(teacher, previous.student.state_dict(), "", "")
         load_state(student, previous.student.state_dict(), "", "", may_miss=(f"cls.{step}.",))
         teacher.requires_grad_(False).eval()
-        if opts.init_balanced:
-            student.init_balanced()
+    start_student(opts.method, student, step)
     optimizer = torch.optim.SGD(
         student.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True
     )
-    regularizer = make_regularizers(
-        opts.regularizer, student, teacher, previous.exported if previous else None,
-        normalize=True, alpha=opts.reg_alpha, interval=opts.reg_iterations,
-    )  # fmt: skip
+    exported = previous.exported if previous else None
+    regularizer = make_regularizers(opts.method, student, teacher, exported)
     precision = Precision(torch.device("cpu"))
-    learner = Learner(
-        student, optimizer, poly(optimizer, 6), precision, regularizer, opts.reg_importance
-    )
-    terms = pixel_terms(opts, sum(classes[:-1]) if teacher is not None else None)
-    objective = Objective(student.train(), teacher, terms, opts.loss_de, precision)
+    learner = Learner(student, optimizer, poly(optimizer, 6), precision, regularizer)
+    objective = make_objective(opts.method, student.train(), teacher, classes, precision)
     rows = []
     for i in range(4):
         images, y = batch(first_batch + i, labels)
@@ -108,7 +105,7 @@ def threads(logits: str):
 @pytest.mark.parametrize("case", sorted(TRAJECTORIES))
 def test_trajectory(case: str, logits: str, monkeypatch, threads: int):
     if logits == "full size":
-        monkeypatch.setattr(train, "pixel_losses", full_size_losses)
+        monkeypatch.setattr(groups, "pixel_losses", full_size_losses)
     golden, (method, norm) = TRAJECTORIES[case], case.split("/")
     classification = "--bce" if METHODS[method].bce else "--no_bce"
     first = first_step(classification, norm, logits, threads)

@@ -27,6 +27,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import dataset.incremental
+import engine.fit
+import engine.outcome
+import engine.session
 import run
 import segmentation_module
 import train
@@ -54,8 +57,9 @@ class SmallBody(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1, bias=False), norm(8))
         self.block = ResidualBlock(8, (16, 16), norm, 4, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(self.stem(x))
+    def forward(self, x: Tensor, maps: tuple[str, ...] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        x = self.block(self.stem(x))
+        return x, {"mod5": x} if "mod5" in maps else {}
 
 
 class SmallHead(DeeplabV3):
@@ -137,7 +141,7 @@ def arm(fault: Fault) -> None:
         return
     place = fault["at"]
     if place == "data":
-        run.build_datasets = before(run.build_datasets, fault)
+        engine.session.build_data = before(engine.session.build_data, fault)
     elif place == "iteration":
         train.Learner.step = before(train.Learner.step, fault)  # type: ignore[method-assign]
     elif place == "evaluation":
@@ -154,13 +158,13 @@ def arm(fault: Fault) -> None:
 
 def record_confusion(path: str) -> None:
     """Keep the confusion matrix of the test beside the rounded scores."""
-    plain = run.report
+    plain = engine.outcome.report
 
     def report(context: Any, metrics: Any, *more: Any) -> None:
         torch.save(metrics.confusion, path)
         plain(context, metrics, *more)
 
-    run.report = report
+    engine.outcome.report = report
 
 
 def main(faults: Sequence[Fault], argv: Sequence[str]) -> int:
@@ -205,14 +209,14 @@ def main_in_float64(faults: Sequence[Fault], argv: Sequence[str]) -> int:
 def main_with_gauges(faults: Sequence[Fault], argv: Sequence[str]) -> int:
     """Also writes `gauges.json`: memory in pages and open files after each epoch."""
     gauges: list[tuple[int, int]] = []
-    plain = run.save_progress
+    plain = engine.fit.save_progress
 
     def save_progress(*arguments: Any) -> None:
         plain(*arguments)
         resident = int(Path("/proc/self/statm").read_text().split()[1])
         gauges.append((resident, len(os.listdir("/proc/self/fd"))))
 
-    run.save_progress = save_progress
+    engine.fit.save_progress = save_progress
     status = main(faults, argv)
     Path("gauges.json").write_text(json.dumps(gauges))
     return status

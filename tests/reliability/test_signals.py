@@ -23,7 +23,7 @@ STOPS = [
     (stop("iteration", 2, "INT"), (0, 5)),
     (stop("iteration", 2), (0, 7)),  # with the epoch's last iteration
     (stop("evaluation", 1), (0, 7)),  # its validation is stopped, too
-    (stop("checkpoint", 1, "INT", bytes=9_000), (1, 1)),  # asked while writing: one iteration more
+    (stop("checkpoint", 1, "INT", bytes=9_000), (1, 0)),  # asked while writing: at once
     (stop("evaluation", 10), (3, 0)),  # in the final test
 ]
 

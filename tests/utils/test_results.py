@@ -26,6 +26,10 @@ def scores_of(classes: int, seed: int = 0, old: int | None = None) -> Scores:
     return metrics.scores(old)
 
 
+def write(logdir: Path, setting: str, key: ResultKey, scores: Scores, names: list[str]) -> None:
+    write_results(logdir, setting, key, scores.iou.tolist(), scores.means(), names)
+
+
 def table(path: Path) -> list[list[str]]:
     with path.open(newline="") as file:
         return list(csv.reader(file))
@@ -33,8 +37,8 @@ def table(path: Path) -> list[list[str]]:
 
 def test_rows_of_all_steps_read_back_exactly(tmp_path):
     first, second = scores_of(2), scores_of(4, seed=1, old=2)
-    write_results(tmp_path, "voc-15-5-ov", ResultKey("a", "MIB", 0, 42), first, NAMES)
-    write_results(tmp_path, "voc-15-5-ov", ResultKey("a", "MIB", 1, 42), second, NAMES)
+    write(tmp_path, "voc-15-5-ov", ResultKey("a", "MIB", 0, 42), first, NAMES)
+    write(tmp_path, "voc-15-5-ov", ResultKey("a", "MIB", 1, 42), second, NAMES)
     per_class, means = result_files(tmp_path, "voc-15-5-ov")
     assert per_class == tmp_path / "results" / "voc-15-5-ov.csv"
     assert means == tmp_path / "results" / "voc-15-5-ov-agg.csv"
@@ -61,14 +65,14 @@ def test_rows_of_all_steps_read_back_exactly(tmp_path):
 def test_the_same_run_again_replaces_its_row_and_gives_the_same_bytes(tmp_path):
     keys = [ResultKey("a", "FT", 1, 42), ResultKey("a", "FT", 1, 43), ResultKey("b", "FT", 1, 42)]
     for i, key in enumerate(keys):
-        write_results(tmp_path, "voc-19-1", key, scores_of(4, seed=i), NAMES)
+        write(tmp_path, "voc-19-1", key, scores_of(4, seed=i), NAMES)
     paths = result_files(tmp_path, "voc-19-1")
     before = [path.read_bytes() for path in paths]
-    write_results(tmp_path, "voc-19-1", keys[1], scores_of(4, seed=9), NAMES)
+    write(tmp_path, "voc-19-1", keys[1], scores_of(4, seed=9), NAMES)
     rows = read_results(paths[0])
     assert [(row["name"], row["seed"]) for row in rows] == [("a", 42), ("a", 43), ("b", 42)]
     assert rows[1]["mean_iou"] == scores_of(4, seed=9).with_background
-    write_results(tmp_path, "voc-19-1", keys[1], scores_of(4, seed=1), NAMES)
+    write(tmp_path, "voc-19-1", keys[1], scores_of(4, seed=1), NAMES)
     assert [path.read_bytes() for path in paths] == before
     assert sorted(path.name for path in paths[0].parent.iterdir()) == [
         "voc-19-1-agg.csv",
@@ -80,7 +84,7 @@ def test_columns_that_an_earlier_version_wrote_stay(tmp_path):
     path, _ = result_files(tmp_path, "voc-19-1")
     path.parent.mkdir()
     path.write_text("\ufeffname,method,step,seed,mean_iou,extra\na,FT,0,42,0.5,1.0\n")
-    write_results(tmp_path, "voc-19-1", ResultKey("b", "FT", 0, 42), scores_of(2), NAMES)
+    write(tmp_path, "voc-19-1", ResultKey("b", "FT", 0, 42), scores_of(2), NAMES)
     old, new = read_results(path)
     assert (old["mean_iou"], old["extra"], old["1:person"]) == (0.5, 1.0, None)
     assert new["extra"] is None
@@ -104,7 +108,7 @@ def test_a_damaged_file_is_named_and_kept(tmp_path, content):
         read_results(path)
     if b"half" not in content:  # a number that nobody can read does no harm beside a new row
         with pytest.raises(UserError, match=r"voc-19-1\.csv is not a result file"):
-            write_results(tmp_path, "voc-19-1", ResultKey("a", "FT", 0, 1), scores_of(2), NAMES)
+            write(tmp_path, "voc-19-1", ResultKey("a", "FT", 0, 1), scores_of(2), NAMES)
         assert path.read_bytes() == content
 
 
@@ -115,14 +119,14 @@ def test_an_empty_file_counts_as_none_and_a_missing_one_is_an_error(tmp_path):
     path.parent.mkdir()
     path.touch()
     assert read_results(path) == []
-    write_results(tmp_path, "voc-19-1", ResultKey("a", "FT", 0, 1), scores_of(2), NAMES)
+    write(tmp_path, "voc-19-1", ResultKey("a", "FT", 0, 1), scores_of(2), NAMES)
     assert len(read_results(path)) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "results").write_text("a file where the folder belongs")
     with pytest.raises(UserError, match="cannot write"):
-        write_results(tmp_path, "voc-19-1", ResultKey("a", "FT", 0, 1), scores_of(2), NAMES)
+        write(tmp_path, "voc-19-1", ResultKey("a", "FT", 0, 1), scores_of(2), NAMES)
 
 
 WRITER = """
@@ -130,10 +134,10 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tests.utils.test_results import NAMES, scores_of
-from utils.results import ResultKey, write_results
+from tests.utils.test_results import NAMES, scores_of, write
+from utils.results import ResultKey
 for step in range(20):
-    write_results(Path(sys.argv[1]), "voc-19-1", ResultKey(sys.argv[2], "FT", step, 1),
+    write(Path(sys.argv[1]), "voc-19-1", ResultKey(sys.argv[2], "FT", step, 1),
                   scores_of(4), NAMES)
 """
 

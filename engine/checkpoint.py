@@ -1,0 +1,156 @@
+"""What a checkpoint holds, and whether one is what a run asks for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import Field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from argparser import Options
+from methods.table import Method
+from utils import checkpoint
+from utils.checkpoint import first_not_finite, load_file, strip_module_prefix
+from utils.errors import UserError
+from utils.flags import flags_of
+
+log = logging.getLogger(__name__)
+
+# What a step writes beside `model_state`, and of which type.
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "optimizer_state": dict,
+    "scheduler_state": dict,
+    "scaler_state": dict,
+    "regularizer": (dict, type(None)),
+    "regularizer_state": (dict, type(None)),
+    "random_state": Tensor,
+    "epoch": int,
+    "iteration": int,
+    "best_score": float,
+    "images_per_iteration": int,
+    "iterations_per_epoch": int,
+    "total_iterations": int,
+    "finished": bool,
+    "steps": list,
+    "options": dict,
+}
+
+
+def load(path: Path, cure: str) -> dict[str, Any]:
+    """Read a checkpoint of ours or of the reference on the CPU.
+
+    The model's keys lose their `module.` prefix; of the reference's, which says nothing about
+    itself, nothing but `model_state` is kept. Raises UserError, ending in `cure`, where the file is
+    missing, damaged, of another layout, not a checkpoint, or holds values that are not finite.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}: {cure}")
+    content = load_file(path)
+    state = content.get("model_state")
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
+        raise UserError(f"{path} is not a checkpoint of this program (no model_state): {cure}")
+    if "version" not in content:
+        content = {}
+    elif type(content["version"]) is not int or content["version"] != checkpoint.VERSION:
+        version = content["version"]
+        raise UserError(f"{path} has layout version {version}, not {checkpoint.VERSION}: {cure}")
+    if wrong := _wrong_field(content):
+        raise UserError(f"{path} is damaged, its {wrong!r} cannot be one: {cure}")
+    content["model_state"] = strip_module_prefix(state)
+    if bad := first_not_finite(content):
+        raise UserError(f"{path} holds values that are not finite, first in {bad}: {cure}")
+    return content
+
+
+def check_complete(content: Mapping[str, Any], path: Path, cure: str) -> None:
+    """UserError, ending in `cure`, unless a loaded checkpoint holds all that a resume needs."""
+    missing = [name for name in FIELDS if name not in content]
+    if missing:
+        raise UserError(f"{path} holds no {missing[0]!r} and cannot be resumed: {cure}")
+
+
+def check_flags(content: Mapping[str, Any], path: Path, opts: Options) -> None:
+    """Compare the flags of a resumed run with those that the checkpoint was written with.
+
+    UserError where they make it another run (method, seed, terms); a warning in the log where they
+    make it compute something else from here on.
+    """
+    theirs, ours = content["options"], opts.record()
+    entries: list[Field[Any]] = [*flags_of(Options), *flags_of(Method)]
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        name, resume = entry.name, entry.metadata["resume"]
+        if resume == "free" or name not in theirs or ours[name] == theirs[name]:
+            continue
+        if resume == "identity":
+            raise UserError(
+                f"{path} is of a run with --{name} {theirs[name]}, this one has {ours[name]}: "
+                "give this run another --name, or leave out --continue_ckpt"
+            )
+        log.warning("%s was written with --%s %s, going on with %s",
+                    path, name, theirs[name], ours[name])  # fmt: skip
+
+
+def check_fits(
+    content: Mapping[str, Any],
+    path: Path,
+    opts: Options,
+    steps: Sequence[Sequence[int]],
+    class_names: Sequence[str],
+) -> None:
+    """UserError unless a checkpoint is of this data set, task, step and network.
+
+    `steps` are the labels of the steps up to that of the checkpoint, `class_names` the names of the
+    data set by label. Two tasks that agree up to there may share the file (15-5 and 15-5s share
+    their step 0). The reference's checkpoints say nothing about themselves; for them the shapes of
+    the weights must do.
+    """
+    theirs = content.get("options")
+    if theirs is None:
+        return
+    stored = [list(labels) for labels in content["steps"]]
+    wrong = (
+        ("dataset", theirs["dataset"], opts.dataset),
+        ("step", len(stored) - 1, len(steps) - 1),
+        ("backbone", theirs["backbone"], opts.backbone),
+        ("output_stride", theirs.get("output_stride", opts.output_stride), opts.output_stride),
+        # In-place norms take |w| + eps for w: the same weights are another network.
+        ("norm_act", _family(theirs.get("norm_act", opts.norm_act)), _family(opts.norm_act)),
+        ("task", theirs["task"] if stored != [list(s) for s in steps] else opts.task, opts.task),
+    )
+    for what, found, wanted in wrong:
+        if found != wanted:
+            raise UserError(
+                f"{path} is of {what} {found}, but {what} {wanted} is asked for: name another "
+                f"checkpoint or the {what} it was trained with"
+            )
+    if list(content.get("class_names", class_names)) != list(class_names):
+        raise UserError(f"{path} is of other classes than this dataset's: name another checkpoint")
+
+
+def _family(norm: str) -> str:
+    """iabn or abn: what the same weights mean does not depend on synchronisation."""
+    return "iabn" if norm.startswith("iabn") else "abn"
+
+
+def _wrong_field(content: Mapping[str, Any]) -> str:
+    """Name of a field of the wrong type or range; empty if there is none."""
+    for name, kind in FIELDS.items():
+        value = content.get(name)
+        if name in content and not isinstance(value, kind):
+            return name
+        if kind is int and isinstance(value, int) and value < 0:
+            return name
+    for labels in content.get("steps", []):
+        if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+            return "steps"
+    options = content.get("options")
+    if options is not None and not all(
+        isinstance(options.get(name), str) for name in ("dataset", "task", "backbone")
+    ):
+        return "options"
+    return ""

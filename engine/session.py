@@ -1,0 +1,161 @@
+"""The plans of a command line, one after the other: each step built, resumed, fitted, tested."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from argparser import Options, Plan
+from engine.build import build_data, build_training, start_workers
+from engine.comparison import as_text, collect
+from engine.context import Context
+from engine.fit import fit
+from engine.logs import open_logger
+from engine.outcome import Tested, load_tested, test
+from engine.paths import own_checkpoint, setting
+from engine.resume import is_finished_for_all, load_resumed
+from utils import distributed, workers
+from utils.compiled import check_compiler, reset_compiler
+from utils.errors import UserError
+from utils.lock import run_lock
+from utils.logger import setup_console
+from utils.results import result_files
+from utils.signals import INTERRUPTED, Interrupted, asked_to_stop, stop_requests
+
+log = logging.getLogger(__name__)
+
+
+def execute(plans: Sequence[Plan]) -> int:
+    """All plans, one after the other; returns the exit status."""
+    debug = plans[0].opts.debug
+    try:
+        learn_all(plans)
+    except Interrupted as wish:
+        log.info("interrupted: %s", wish)
+        distributed.shutdown()
+        return INTERRUPTED
+    except KeyboardInterrupt:  # before there was anything to save
+        distributed.shutdown(failed=True)
+        return 128 + signal.SIGINT
+    except (UserError, distributed.PeerStopped, RuntimeError, OSError, EOFError) as error:
+        if debug:
+            log.exception("stopped")
+        if not isinstance(error, distributed.PeerStopped):  # rank 0 says itself why it stopped
+            line = explain(error)
+            if line is None:
+                raise
+            print(f"error: {line}", file=sys.stderr)
+        # Frees the loader that was at work, and with it its workers: later, one that is still
+        # starting would find its queues gone, and say so at length.
+        error.__traceback__ = None
+        distributed.shutdown(failed=True)
+        return 1
+    distributed.shutdown()
+    return 0
+
+
+def learn_all(plans: Sequence[Plan]) -> None:
+    """Every plan that is not finished, then the table of the methods, if there are several."""
+    device = distributed.init(plans[0].opts.local_rank)
+    torch.set_float32_matmul_precision("highest")  # some containers ask for TF32
+    setup_console(distributed.rank(), plans[0].opts.debug)
+    for plan in plans:
+        opts = plan.opts
+        if len(plans) > 1 and is_finished_for_all(opts):
+            log.info("step %d of %s is finished: skipped (--restart learns it again)",
+                     opts.step, opts.name)  # fmt: skip
+            continue
+        asked = run_plan(plan, device)
+        if asked and plan is not plans[-1]:
+            raise Interrupted(f"after step {opts.step}")
+        free_memory(device)  # nothing of a step stays on the device when the next is built
+    if len({plan.opts.method.name for plan in plans}) > 1 and distributed.is_main():
+        print_comparison([plan.opts for plan in plans])
+
+
+def run_plan(plan: Plan, device: torch.device) -> bool:
+    """Train the step unless `--test`, then test it.
+
+    Raises Interrupted if asked to stop; says whether that came when there was nothing left to stop.
+    """
+    opts = plan.opts
+    for note in plan.notes:
+        log.info(note)
+    with ExitStack() as stack:
+        context = Context.of(opts, device)
+        prepare_process(opts, device)
+        start_workers(context)
+        with distributed.main_first():
+            hold_lock(stack, opts)
+            data = build_data(context)
+        stack.enter_context(stop_requests())
+        log.info("task %s, step %d: %d images, learns %s", opts.task, opts.step, len(data.train),
+                 ", ".join(context.class_names[context.old_classes or 0 :]))  # fmt: skip
+        if opts.test:
+            tested = load_tested(context)
+            logger = stack.enter_context(open_logger(opts, None))
+        else:
+            training = build_training(context, data, load_resumed(context))
+            done = training.learner.scheduler.last_epoch
+            logger = stack.enter_context(open_logger(opts, done))
+            fit(context, training, data, logger)
+            done = training.learner.scheduler.last_epoch
+            tested = Tested(training.student, done, opts.method.bce)
+        test(context, tested, data, logger)
+        return distributed.any_process(asked_to_stop())
+
+
+def prepare_process(opts: Options, device: torch.device) -> None:
+    """What flags change about the process as a whole. Raises UserError without a compiler."""
+    if opts.deterministic:
+        distributed.be_deterministic()
+    if opts.compile and not opts.test:
+        check_compiler(device)
+
+
+def hold_lock(stack: ExitStack, opts: Options) -> None:
+    """On rank 0 of a run that trains: no second run writes the same checkpoint meanwhile."""
+    if distributed.is_main() and not opts.test:
+        path = own_checkpoint(opts)
+        what = f"step {opts.step} of {opts.name!r} ({setting(opts)})"
+        stack.enter_context(run_lock(path.with_name(f".{path.name}.lock"), what))
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what the step before held: objects, device memory, compiled shapes."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    reset_compiler()
+
+
+def print_comparison(runs: Sequence[Options]) -> None:
+    """The table of several methods, out of the result file they share."""
+    per_class, _ = result_files(Path(runs[0].logdir), setting(runs[0]))
+    names = {opts.name for opts in runs}
+    table = {
+        about: [row for row in rows if row.runs[0].name in names]
+        for about, rows in collect([per_class]).items()
+    }
+    print(f"\n{as_text(table)}", flush=True)
+
+
+def explain(error: Exception) -> str | None:
+    """What happened and what to do, in a line; None for what no user can mend."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU has no memory left: lower --batch_size, or see docs/questions.md"
+    if distributed.lost_peer(error):
+        return "another process of this run is gone, see what it said"
+    if workers.lost(error):
+        return "a data worker was killed, as a rule for want of memory: lower --num_workers"
+    return None
+

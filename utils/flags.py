@@ -1,0 +1,146 @@
+"""Typed dataclass fields that are command-line flags as well, written once.
+
+    @dataclass(frozen=True)
+    class Options:
+        epochs: int = flag(30, "passes over a step's images", parse=number(int, 1))
+
+`add_flags` gives a parser one flag per field, with the field's default, help and choices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import MISSING, Field, field, fields
+from typing import Any, Literal, NoReturn
+
+from utils.errors import UserError
+
+# What a flag may do when a run goes on after an interruption: have another value without a word
+# (nothing that is computed depends on it), with a warning (from here on something else is
+# computed), or not at all (with another value it is another run).
+OnResume = Literal["free", "warn", "identity"]
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    resume: OnResume = "warn",
+    parse: Callable[[str], Any] = str,
+    choices: Collection[Any] | None = None,
+    negatable: bool = False,
+    **notes: Any,
+) -> Any:
+    """A dataclass field that `add_flags` turns into `--<name>`.
+
+    A boolean default makes a switch, which `--no_<name>` turns off if it is `negatable`. `parse`
+    turns the text behind any other flag into its value. `notes` are kept in the field's metadata.
+    """
+    about = {
+        "help": help, "resume": resume, "parse": parse, "choices": choices, "negatable": negatable,
+    }  # fmt: skip
+    return field(default=default, metadata=about | notes)
+
+
+def is_flag(entry: Field[Any]) -> bool:
+    """Whether a dataclass field was made by `flag`."""
+    return "help" in entry.metadata and entry.default is not MISSING
+
+
+def flags_of(kind: Any) -> tuple[Field[Any], ...]:
+    """The fields of a dataclass that are flags."""
+    return tuple(entry for entry in fields(kind) if is_flag(entry))
+
+
+def add_flags(group: argparse._ArgumentGroup, entries: Sequence[Field[Any]]) -> None:
+    """One flag per field."""
+    for entry in entries:
+        about = entry.metadata
+        settings: dict[str, Any] = {"default": entry.default, "help": about["help"]}
+        if not isinstance(entry.default, bool):
+            settings |= {"type": about["parse"], "choices": about["choices"]}
+        elif about["negatable"]:
+            settings["action"] = Switch
+        else:
+            settings["action"] = "store_true"
+        group.add_argument(f"--{entry.name}", **settings)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors (UserError) and one spelling behind `-` and `_`.
+
+    Args:
+        synonyms: other spellings of whole flags, spelling -> flag.
+    """
+
+    def __init__(self, *, synonyms: dict[str, str] | None = None, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+        self._synonyms = synonyms or {}
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `python {self.prog} --help` lists every flag")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        return super().parse_known_args([self._canonical(a) for a in args or ()], namespace)
+
+    def _canonical(self, argument: str) -> str:
+        """`--no-pretrained` -> `--no_pretrained`; values stay as they are, behind `=` too."""
+        if not argument.startswith("--") or argument == "--":
+            return argument
+        name, equals, value = argument.partition("=")
+        name = name.replace("-", "_").replace("__", "--", 1)
+        return self._synonyms.get(name, name) + equals + value
+
+
+class Switch(argparse.Action):
+    """`--flag` turns on, `--no_flag` turns off."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        name = option_strings[0]
+        super().__init__([name, f"--no_{name[2:]}"], dest, nargs=0, **settings)
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        setattr(namespace, self.dest, not str(option_string).startswith("--no_"))
+
+
+def number(
+    kind: Callable[[str], Any], low: float, high: float = math.inf, open_low: bool = False
+) -> Callable[[str], Any]:
+    """A `parse` for finite numbers within [low, high], or (low, high] with `open_low`."""
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+            bounds = f"above {low}" if open_low else f"at least {low}"
+            if high < math.inf:
+                bounds += f", at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range ({bounds})")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"
+    return convert
+
+
+def per_step(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A `parse` for one value, or for `first,later`: step 0 and the steps after it."""
+
+    def pair(text: str) -> Any:
+        first, comma, later = text.partition(",")
+        return (convert(first), convert(later)) if comma else convert(first)
+
+    pair.__name__ = convert.__name__
+    return pair
+
+
+def several(known: Collection[str], upper: bool = False) -> Callable[[str], Any]:
+    """A `parse` for one or several of the `known` words, joined by commas, in any case."""
+
+    def convert(text: str) -> str:
+        words = (text.upper() if upper else text.lower()).split(",")
+        if len(set(words)) < len(words) or not set(words) <= set(known):
+            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(known)}")
+        return ",".join(words)
+
+    return convert
