@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dataset.transform import normalize
-from methods.loss import WeightedTerm, feature_distillation
+from methods.features import feature_distillation
+from methods.loss import WeightedTerm
 from methods.pieces import pixel_losses, predict
 from methods.regularizer import Regularizers
 from metrics import StreamSegMetrics
