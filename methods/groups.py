@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from methods import loss
-from methods.loss import WeightedTerm, feature_distillation
+from methods.features import feature_distillation
+from methods.loss import WeightedTerm
 from methods.pieces import pixel_losses
 from methods.table import Method
 from segmentation_module import Output

@@ -132,19 +132,6 @@ class IcarlDisjoint:
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
 
 
-def feature_distillation(features: Tensor, old_features: Tensor) -> Tensor:
-    """Mean squared difference of two feature maps B D h w, in at least float32 (ILT).
-
-    Michieli & Zanuttigh, ICCV workshops 2019.
-    """
-    return F.mse_loss(at_least_float32(features), at_least_float32(old_features))
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half types become float32; float32 and float64 stay as they are."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
 def _one_hot(labels: Tensor, like: Tensor) -> Tensor:
     """B H W labels -> B C H W zeros and ones in `like`'s dtype; ignored pixels have empty rows."""
     ignored = labels == IGNORE_INDEX

@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from methods.loss import WeightedTerm, at_least_float32
+from methods.loss import WeightedTerm
 from utils.compiled import CompiledOrPlain
 from utils.constants import IGNORE_INDEX
+from utils.precision import at_least_float32
 
 Result = TypeVar("Result")
 
@@ -48,6 +49,7 @@ def pixel_losses(
     labels: Tensor,
     piece_size: int | None = None,
     compiled: bool | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The pixel terms of an objective on logits upsampled to the size of the labels.
 
@@ -55,18 +57,19 @@ def pixel_losses(
     any float type; half types are computed in float32. `labels` B H W are uint8 or int64.
     `piece_size` is the number of logits in a piece, by default one that suits the device.
     `compiled` says whether pieces with a gradient go through torch.compile, by default on CUDA.
+    `weights` B, any float type, multiply the first term, each in all pixels of its image.
 
     Returns the sum over terms of weight * mean over all B H W pixels, differentiable once and with
     respect to `logits` alone, and the summands by name, detached. The gradient is computed here
     beside the values, unless grad is off; `backward` only scales it. Raises ValueError where the
     batches differ.
     """
-    if any(len(x) != len(logits) for x in (old_logits, labels) if x is not None):
-        raise ValueError("student, teacher and labels are batches of different length")
+    if any(len(x) != len(logits) for x in (old_logits, labels, weights) if x is not None):
+        raise ValueError("student, teacher, labels and weights are batches of different length")
     with torch.autocast(logits.device.type, enabled=False):
         values, gradient = _evaluate(
             tuple(terms.values()), logits, old_logits, labels, piece_size,
-            logits.is_cuda if compiled is None else compiled,
+            logits.is_cuda if compiled is None else compiled, weights,
         )  # fmt: skip
         total = values.sum()
     if gradient is not None:
@@ -158,6 +161,7 @@ def _evaluate(
     labels: Tensor,
     piece_size: int | None,
     compiled: bool,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Weight * mean of each term and, where grad is on, the gradient of their sum, B C h w."""
     size = (labels.shape[1], labels.shape[2])
@@ -167,11 +171,15 @@ def _evaluate(
     # Evaluation sees images of any size.
     compiled = compiled and with_gradient and not _compiled_sums.failed
     sums = _compiled_sums if compiled else _sums
+    if weights is not None:
+        weights = weights.detach().to(student.maps.dtype)
 
     def work(piece: Piece) -> tuple[Tensor, Tensor | None]:
         old = teacher.operands(piece) if teacher else None
         y = labels[piece.image, piece.rows, None]
-        return sums(terms, student.operands(piece), old, y, with_gradient)
+        # A tensor, not a number: a compiled piece is traced once for each number.
+        weight = None if weights is None else weights[piece.image]
+        return sums(terms, student.operands(piece), old, y, with_gradient, weight)
 
     total = torch.zeros(len(terms), dtype=torch.float64, device=logits.device)
     total_gradient = torch.zeros_like(student.maps)
@@ -192,9 +200,11 @@ def _sums(
     teacher: Operands | None,
     labels: Tensor,
     with_gradient: bool,
+    image_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Over the pixels of a piece, labels rows 1 W: the sum of each term, weighted, in float64, and
-    `with_gradient` that of their total with respect to the student's source (span C w).
+    `with_gradient` that of their total with respect to the student's source (span C w). The first
+    term is multiplied by `image_weight`, a scalar.
     """
     source, *matrices = student
     labels = labels.long()
@@ -204,6 +214,8 @@ def _sums(
     def sums(source: Tensor) -> tuple[Tensor, Tensor]:
         x = interpolate(source, *matrices)
         losses = [weight * term(x, x_old, labels) for term, weight in terms]
+        if image_weight is not None:
+            losses[0] = image_weight * losses[0]
         values = torch.stack([loss.sum(dtype=torch.float64) for loss in losses])
         return values.sum(), values.detach()
 

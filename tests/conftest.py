@@ -10,6 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 GOLDEN = Path(__file__).resolve().parent / "golden"
+GOLDEN2 = Path(__file__).resolve().parent / "golden2"  # of PLOP, EWF and LGKD
 
 torch.set_num_threads(1)
 

@@ -36,3 +36,8 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half types become float32; float32 and float64 stay as they are."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

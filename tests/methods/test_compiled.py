@@ -42,15 +42,18 @@ def fresh(monkeypatch):
 
 
 @needs_compiler
-def test_compiled_pieces_equal_the_plain_form_and_are_compiled_once():
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.25, 0.0, 1.0])])
+def test_compiled_pieces_equal_the_plain_form_and_are_compiled_once(weights):
     logits, old_logits, labels = batch((4, 4), (64, 64))
     terms = terms_of("MIB")
     case = logits, old_logits, labels
-    first = in_pieces(terms, *case, piece_size=2000, compiled=True)
-    assert_equal(first, plain(terms, *case), 1e-6)
+    options = {"piece_size": 2000, "compiled": True}
+    first = in_pieces(terms, *case, **options, weights=weights)
+    assert_equal(first, plain(terms, *case, weights), 1e-6)
+    others = None if weights is None else weights.flip(0) / 2
     with torch._dynamo.config.patch(error_on_recompile=True):
-        again = in_pieces(terms, 2 * logits, old_logits, labels, piece_size=2000, compiled=True)
-    assert_equal(again, plain(terms, 2 * logits, old_logits, labels), 1e-6)
+        again = in_pieces(terms, 2 * logits, old_logits, labels, **options, weights=others)
+    assert_equal(again, plain(terms, 2 * logits, old_logits, labels, others), 1e-6)
     assert not pieces._compiled_sums.failed
 
 

@@ -55,12 +55,15 @@ def upsample(x: Tensor, size) -> Tensor:
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
-def plain(terms, logits, old_logits, labels):
+def plain(terms, logits, old_logits, labels, weights=None):
     """Value, summands and gradient of the plain formulation in float64."""
     leaf = logits.detach().double().requires_grad_()
     x = upsample(leaf, labels.shape[1:])
     x_old = None if old_logits is None else upsample(old_logits.double(), labels.shape[1:])
-    values = {k: weight * t(x, x_old, labels.long()).mean() for k, (t, weight) in terms.items()}
+    losses = {k: weight * t(x, x_old, labels.long()) for k, (t, weight) in terms.items()}
+    if weights is not None:
+        losses[next(iter(terms))] *= weights.double().view(-1, 1, 1)
+    values = {k: loss.mean() for k, loss in losses.items()}
     total = torch.stack(list(values.values())).sum()
     return total.detach(), values, torch.autograd.grad(total, leaf)[0]
 
@@ -93,6 +96,26 @@ def test_every_objective_equals_the_plain_form(combination, dtype, tolerance, st
     actual = in_pieces(terms, logits.to(dtype), old, labels, piece_size=1000)
     assert actual[0].dtype == actual[2].dtype == dtype
     assert_equal(actual, plain(terms, logits, old_logits, labels), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(("combination", "step"), [("FT", 0), ("MIB", 1), ("everything", 1)])
+def test_weights_of_images_multiply_the_first_term(combination, step, dtype, tolerance):
+    logits, old_logits, labels = batch((5, 4), (37, 50), step)
+    terms, weights = terms_of(combination, step), torch.tensor([0.25, 0.0, 1.5])
+    labels[-1] = labels[0]  # not all void
+    old = None if old_logits is None else old_logits.to(dtype)
+    actual = in_pieces(terms, logits.to(dtype), old, labels, piece_size=1000, weights=weights)
+    assert actual[0].dtype == dtype
+    assert_equal(actual, plain(terms, logits, old_logits, labels, weights), tolerance)
+
+
+def test_weights_of_one_change_no_bit():
+    case = batch((5, 4), (37, 50))
+    expected = in_pieces(terms_of("MIB"), *case)
+    actual = in_pieces(terms_of("MIB"), *case, weights=torch.ones(3))
+    assert actual[:2] == expected[:2]
+    assert torch.equal(actual[2], expected[2])
 
 
 @pytest.mark.parametrize("piece_size", [1, 2000, 5000, None])
@@ -169,6 +192,8 @@ def test_on_cuda_compiled_pieces_equal_the_plain_form(combination):
     case = [t.cuda() for t in batch((16, 16), (256, 256))]
     terms = terms_of(combination)
     assert_equal(in_pieces(terms, *case), plain(terms, *case), 1e-6)
+    weights = torch.tensor([0.25, 0.0, 1.5], device="cuda")
+    assert_equal(in_pieces(terms, *case, weights=weights), plain(terms, *case, weights), 1e-6)
     assert not pieces._compiled_sums.failed
     x = upsample(case[0], (256, 256))
     chosen = x.gather(1, predict(case[0], (256, 256)).long()[:, None])[:, 0]
@@ -255,15 +280,13 @@ def test_bands_cover_all_rows_in_equal_shapes():
         assert all(span.start >= 0 and span.stop <= size_in for _, span in bands)
 
 
-@pytest.mark.parametrize("wrong", ["teacher", "labels"])
+@pytest.mark.parametrize("wrong", ["old_logits", "labels", "weights"])
 def test_batches_of_different_length_are_refused(wrong):
-    logits, old_logits, labels = batch((5, 4), (37, 50))
-    if wrong == "teacher":
-        old_logits = old_logits[1:]
-    else:
-        labels = labels[1:]
+    logits, *others = batch((5, 4), (37, 50))
+    case = dict(zip(("old_logits", "labels", "weights"), [*others, torch.ones(3)], strict=True))
+    case[wrong] = case[wrong][1:]
     with pytest.raises(ValueError, match="different length"):
-        pixel_losses(terms_of("MIB"), logits, old_logits, labels)
+        pixel_losses(terms_of("MIB"), logits, **case)
 
 
 @pytest.mark.parametrize("piece_size", [1, 5000, None])
