@@ -17,8 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 from dataset import DATASETS, OWN, get_spec
 from methods.regularizer import KINDS
 from methods.table import METHODS
-from modules.norm import NORMS
-from modules.resnet import STRIDES_AND_DILATIONS, STRUCTURES
+from modules.structures import NORMS, STRIDES_AND_DILATIONS, STRUCTURES
 from tasks import Task, check_step
 from utils.errors import UserError
 

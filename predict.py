@@ -29,7 +29,7 @@ from dataset import DATASETS, get_spec
 from dataset.transform import normalize, resize
 from methods.averaging import average_probabilities, predict_average, versions
 from modules.norm import get_norm
-from modules.resnet import STRUCTURES
+from modules.structures import STRUCTURES
 from segmentation_module import IncrementalSegmentationModule, load_state, make_model
 from tasks import check_step
 from utils import checkpoint

@@ -7,16 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modules.residual import SLOPE, Norm
-
-DILATIONS = {16: (6, 12, 18), 8: (12, 24, 36)}  # output stride -> those of the three 3x3
+from modules.structures import DILATIONS
 
 
 class DeeplabV3(nn.Module):
     """Body features B in_channels h w -> pre-logits B out_channels h w.
 
     Args:
+        in_channels: of the features.
+        out_channels: of the pre-logits.
+        norm: `norm(channels)` builds a normalisation with its activation.
+        output_stride: of the body, one of DILATIONS.
         pooling: window of the pooling branch in eval mode, in feature pixels
             (crop_size / output_stride, so that eval sees what training saw).
+        hidden: channels of each of the five branches.
     """
 
     def __init__(

@@ -35,10 +35,10 @@ class ResidualBlock(nn.Module):
         layers: list[tuple[str, nn.Module]] = []
         inputs = in_channels
         for i, (kernel, outputs) in enumerate(zip(kernels, channels, strict=True)):
-            spread = dilation if kernel == 3 else 1
+            rate = dilation if kernel == 3 else 1
             conv = nn.Conv2d(
                 inputs, outputs, kernel, stride if i == strided else 1,
-                padding=spread * (kernel // 2), dilation=spread, bias=False,
+                padding=rate * (kernel // 2), dilation=rate, bias=False,
             )  # fmt: skip
             last = i == len(kernels) - 1
             bn = norm(outputs, activation="identity") if last else norm(outputs)

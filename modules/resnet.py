@@ -1,4 +1,4 @@
-"""The body: a dilated ResNet (SPEC section 5)."""
+"""The body: a ResNet (He et al., CVPR 2016) that keeps its resolution by dilated convolutions."""
 
 from __future__ import annotations
 
@@ -7,25 +7,17 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from modules.residual import SLOPE, Norm, ResidualBlock
-
-# Blocks of mod2..mod5 and whether they are bottlenecks.
-STRUCTURES: dict[str, tuple[tuple[int, int, int, int], bool]] = {
-    "resnet18": ((2, 2, 2, 2), False),
-    "resnet34": ((3, 4, 6, 3), False),
-    "resnet50": ((3, 4, 6, 3), True),
-    "resnet101": ((3, 4, 23, 3), True),
-    "resnet152": ((3, 8, 36, 3), True),
-}
-
-# Output stride -> (stride, dilation) of mod2..mod5. A dilated module does not stride.
-STRIDES_AND_DILATIONS = {
-    16: ((1, 1), (2, 1), (2, 1), (1, 2)),
-    8: ((1, 1), (2, 1), (1, 2), (1, 4)),
-}
+from modules.structures import STRIDES_AND_DILATIONS, STRUCTURES
 
 
 class ResNet(nn.Module):
-    """Images B 3 H W (normalised) -> features B out_channels H/output_stride W/output_stride."""
+    """Images B 3 H W (normalised) -> features B out_channels H/output_stride W/output_stride.
+
+    Args:
+        backbone: one of STRUCTURES.
+        norm: `norm(channels, activation=...)` builds a normalisation with its activation.
+        output_stride: one of STRIDES_AND_DILATIONS.
+    """
 
     def __init__(self, backbone: str, norm: Norm, output_stride: int = 16) -> None:
         super().__init__()
