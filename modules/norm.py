@@ -17,7 +17,7 @@ Who computes, of what runs over whole feature maps:
     plain     torch's operations (`modules/norm_plain.py`), wherever else
 
 `use` forces one of them. Under torch.compile, within one rank, the formulas above are traced
-instead and the compiler fuses them.
+instead and the compiler fuses them; across ranks the graph breaks (`traceable`).
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from types import ModuleType
 from typing import Literal, get_args
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules import norm_plain
 from modules.norm_functions import InPlace, SyncedBatchNorm
 from modules.norm_plain import activate_, wide
-from modules.norm_plain import statistics as plain_statistics
-from modules.norm_sync import Statistics, gather_statistics, several_ranks
+from modules.norm_sync import Running, Statistics
 from modules.structures import NORMS
+from utils import distributed
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -109,12 +109,13 @@ class ABN(nn.BatchNorm2d):
         )
 
     def _over_ranks_forward(self, x: Tensor) -> Tensor:
-        y = SyncedBatchNorm.apply(x, self.weight, self.bias, self._statistics(x), self.eps)
+        statistics = self._statistics(x, _who_computes(x))
+        y = SyncedBatchNorm.apply(x, self.weight, self.bias, statistics, self.eps)
         return activate_(y, self.slope)
 
     def _over_ranks(self) -> bool:
         """Whether this forward pass takes its statistics over several ranks."""
-        return several_ranks() and self.sync and self.training
+        return distributed.world_size() > 1 and self.sync and self.training
 
     def _check_count(self, x: Tensor) -> None:
         if self.training and not self._over_ranks() and x.numel() == self.num_features:
@@ -124,24 +125,17 @@ class ABN(nn.BatchNorm2d):
             )
 
     @torch.no_grad()
-    def _statistics(self, x: Tensor) -> Statistics:
+    def _statistics(self, x: Tensor, computes: ModuleType) -> Statistics:
         """What to normalise x with. Training updates the running statistics on the way."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
         if not self.training:
-            return self.running_mean.to(wide(x)), self.running_var.to(wide(x)), None
-        triton = _triton_for(x)
-        mean, var = triton.statistics(x) if triton else plain_statistics(x)
-        count: int | Tensor = (values := x.numel() // x.shape[1])
-        if self._over_ranks():
-            mean, var, count = gather_statistics(mean, var, values)
-        unbiased = var * (count / (count - 1))
-        self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        return mean, var, count
+            return Statistics(self.running_mean.to(wide(x)), self.running_var.to(wide(x)), None)
+        buffers = self.running_mean, self.running_var, self.num_batches_tracked
+        running = Running(*buffers, self.momentum)
+        return computes.batch_statistics(x, running, self._over_ranks())
 
 
 class InPlaceABN(ABN):
@@ -170,8 +164,9 @@ class InPlaceABN(ABN):
     def _eager_forward(self, x: Tensor) -> Tensor:
         if self._fits_package(x):
             return self._package_forward(x)
-        statistics = self._statistics(x)
-        options = (self.eps, self.slope, _triton_for(x))
+        computes = _who_computes(x)
+        statistics = self._statistics(x, computes)
+        options = (self.eps, self.slope, computes)
         return InPlace.apply(x, self.weight, self.bias, statistics, *options)
 
     def _fits_package(self, x: Tensor) -> bool:
@@ -194,7 +189,7 @@ class InPlaceABN(ABN):
         state = (self.weight, self.bias, self.running_mean, self.running_var, self.training)
         options = (self.momentum, self.eps, self.activation, self.slope)
         if self._over_ranks():
-            return package.inplace_abn_sync(x, *state, *options, group=dist.group.WORLD)
+            return package.inplace_abn_sync(x, *state, *options, group=distributed.norm_group())
         return package.inplace_abn(x, *state, *options)
 
 
@@ -211,6 +206,15 @@ def get_norm(name: str) -> Callable[..., ABN]:
         _announce()
     layer = InPlaceABN if name.startswith("iabn") else ABN
     return partial(layer, sync=True) if name.endswith("_sync") else layer
+
+
+def traceable(model: nn.Module) -> bool:
+    """Whether torch.compile makes one graph of the model, in the mode (train, eval) it is in.
+
+    A norm that synchronises over several ranks breaks it: its collectives stay outside. A network
+    then falls into as many graphs as it has norms, and little is left to fuse.
+    """
+    return not any(isinstance(m, ABN) and m._over_ranks() for m in model.modules())
 
 
 @cache
@@ -237,8 +241,11 @@ def _triton() -> ModuleType | None:
 
 
 def _triton_works(x: Tensor) -> bool:
-    module = _triton()
-    return module is not None and module.works(x.device, x.dtype)
+    if _triton() is None:
+        return False
+    from modules.norm_check import works  # it imports Triton
+
+    return works(x.device, x.dtype)
 
 
 def _triton_for(x: Tensor) -> ModuleType | None:
@@ -247,6 +254,10 @@ def _triton_for(x: Tensor) -> ModuleType | None:
         return None
     module = _triton()
     return module if module and module.fits(x) and _triton_works(x) else None
+
+
+def _who_computes(x: Tensor) -> ModuleType:
+    return _triton_for(x) or norm_plain
 
 
 def _eagerly(method: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -1,7 +1,4 @@
-"""The two batch norms with a backward pass of their own.
-
-`triton` is the module of our kernels where they serve the map x, else None (plain operations).
-"""
+"""The two batch norms with a backward pass of their own."""
 
 from __future__ import annotations
 
@@ -13,11 +10,14 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from modules import norm_plain as plain
-from modules.norm_sync import Statistics, sum_over_ranks
+from modules.norm_sync import Statistics
 
 
 class InPlace(Function):
-    """y = act(x̂ · (|w| + eps) + b) over the storage of x; of the feature maps only y is kept."""
+    """y = act(x̂ · (|w| + eps) + b) over the storage of x; of the feature maps only y is kept.
+
+    `computes` is the module that computes: `norm_triton` or `norm_plain`.
+    """
 
     @staticmethod
     def forward(
@@ -28,52 +28,21 @@ class InPlace(Function):
         statistics: Statistics,
         eps: float,
         slope: float,
-        triton: ModuleType | None,
+        computes: ModuleType,
     ) -> Tensor:
-        mean, var, ctx.count = statistics
-        ctx.eps, ctx.slope, ctx.triton = eps, slope, triton
-        if triton:
-            triton.normalise_(x, mean, var, weight, bias, eps, slope)
-        else:
-            scale, shift = weight.abs().to(mean.dtype) + eps, bias.to(mean.dtype)
-            plain.activate_(plain.normalise(x, mean, var + eps, scale, shift, out=x), slope)
+        ctx.count, ctx.constants, ctx.computes = statistics.values, (eps, slope), computes
+        computes.abn_(x, statistics, weight, bias, eps, slope)
         ctx.mark_dirty(x)
-        ctx.save_for_backward(x, weight, bias, var)
+        ctx.save_for_backward(x, weight, bias, statistics.var)
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _triton_gradients if ctx.triton else _plain_gradients
-        return *gradients(ctx, dy), None, None, None, None
-
-
-def _triton_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Of `InPlace`, for x, weight and bias."""
-    y, weight, bias, var = ctx.saved_tensors
-    needs_input, *needs_parameters = ctx.needs_input_grad[:3]
-    constants = (weight, bias, ctx.eps, ctx.slope)
-    dx = means = d_weight = d_bias = None
-    if any(needs_parameters) or ctx.count is not None:
-        sums = d_weight, d_bias = ctx.triton.gradient_sums(y, dy, *constants)
-    if needs_input:
-        if ctx.count is not None:
-            means = sum_over_ranks(sums, ctx.count) / ctx.count
-        dx = ctx.triton.input_gradient(y, dy, var, means, *constants)
-    return dx, d_weight, d_bias
-
-
-def _plain_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Of `InPlace`, for x, weight and bias."""
-    y, weight, bias, var = ctx.saved_tensors
-    scale, shift = weight.abs().to(var.dtype) + ctx.eps, bias.to(var.dtype)
-    z, dz = plain.undo_activation(y, dy, ctx.slope)
-    # z = x̂ · scale + shift stands in for the overwritten x.
-    dx, d_scale, d_shift = plain.gradients(
-        dz, z, shift, scale, scale * (var + ctx.eps).rsqrt(), ctx.count, ctx.needs_input_grad[0]
-    )
-    # The derivative of |w| at 0 is taken as 1, as in the inplace-abn package.
-    return dx, torch.where(weight < 0, -d_scale, d_scale), d_shift
+        y, weight, bias, var = ctx.saved_tensors
+        known = (var, ctx.count, weight, bias, *ctx.constants)
+        gradients = ctx.computes.abn_gradients(y, dy, *known, ctx.needs_input_grad[:3])
+        return *gradients, None, None, None, None
 
 
 class SyncedBatchNorm(Function):

@@ -5,11 +5,13 @@ They compute in at least float32 and return the type of their input.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules.norm_sync import Count, sum_over_ranks
+from modules.norm_sync import Count, Running, Statistics, gather_rows, sum_over_ranks_
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -17,11 +19,67 @@ def wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) of x (B, C, H, W), in the wide type."""
+def batch_statistics(x: Tensor, running: Running, over_ranks: bool) -> Statistics:
+    """Statistics of x (B, C, H, W), or of all ranks' x, in the wide type; moves the running ones.
+
+    Across ranks one collective.
+    """
     # The CPU kernel accumulates in the type of the running statistics it is given to update.
     scratch = torch.zeros(2, x.shape[1], dtype=wide(x), device=x.device)
-    return torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
+    mean, var = torch.batch_norm_update_stats(x, scratch[0], scratch[1], 0.0)
+    count = x.numel() // x.shape[1]
+    if over_ranks:
+        row = torch.stack([torch.full_like(mean, count), mean, var])
+        return combine(gather_rows(row), running)
+    _move(running, mean, var * (count / (count - 1)))
+    return Statistics(mean, var, count)
+
+
+def combine(rows: Tensor, running: Running) -> Statistics:
+    """Statistics of n parts together; moves the running ones.
+
+    rows (n, 3, C): count, mean and biased variance of each. The count that is returned is (C,).
+    """
+    counts, means, variances = rows.unbind(1)
+    count = counts.sum(0)
+    share = counts / count
+    mean = (share * means).sum(0)
+    # Variance within the parts plus variance between them: no difference of large sums.
+    var = (share * (variances + (means - mean).square())).sum(0)
+    _move(running, mean, var * (count / (count - 1)))
+    return Statistics(mean, var, count)
+
+
+def _move(running: Running, mean: Tensor, unbiased: Tensor) -> None:
+    running.batches.add_(1)
+    running.mean.lerp_(mean.to(running.mean.dtype), running.momentum)
+    running.var.lerp_(unbiased.to(running.var.dtype), running.momentum)
+
+
+def abn_(
+    x: Tensor, statistics: Statistics, weight: Tensor, bias: Tensor, eps: float, slope: float
+) -> None:
+    """y = leaky_relu((x - mean) / sqrt(var + eps) · (|weight| + eps) + bias) over x."""
+    mean, var, _ = statistics
+    scale, shift = weight.abs().to(mean.dtype) + eps, bias.to(mean.dtype)
+    activate_(normalise(x, mean, var + eps, scale, shift, out=x), slope)
+
+
+def abn_gradients(
+    y: Tensor, dy: Tensor, var: Tensor, count: Count, weight: Tensor, bias: Tensor,
+    eps: float, slope: float, wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `abn_` for x, weight and bias; for x if wanted[0]. Across ranks one collective.
+
+    Those of weight and bias are of this rank's values alone.
+    """
+    scale, shift = weight.abs().to(var.dtype) + eps, bias.to(var.dtype)
+    z, dz = undo_activation(y, dy, slope)
+    # z = x̂ · scale + shift stands in for the overwritten x.
+    gain = scale * (var + eps).rsqrt()
+    dx, d_scale, d_shift = gradients(dz, z, shift, scale, gain, count, wanted[0])
+    # The derivative of |w| at 0 is taken as 1, as in the inplace-abn package.
+    return dx, torch.where(weight < 0, -d_scale, d_scale), d_shift
 
 
 def normalise(
@@ -80,7 +138,7 @@ def gradients(
         [needs_input and not isinstance(count, Tensor), True, True],
     )
     if isinstance(count, Tensor) and needs_input:
-        x_hat_dz, mean_dz = sum_over_ranks(torch.stack([d_scale, d_shift]), count) / count
+        x_hat_dz, mean_dz = sum_over_ranks_(torch.stack([d_scale, d_shift]).div_(count))
         d_input = torch.empty_like(u)
         normalise(u, center, spread.square(), -gain * x_hat_dz, -gain * mean_dz, out=d_input)
         torch.addcmul(d_input, dz, gain.view(-1, 1, 1), out=d_input)

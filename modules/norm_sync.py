@@ -1,40 +1,45 @@
-"""Statistics of batch norm over several ranks, at one collective each way."""
+"""What batch norm knows of its values, and the two collectives that spread it over the ranks."""
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from utils import distributed
+
 # How many values per channel the statistics come from: an int where those are all in x, a tensor
-# (1,) where they lie on several ranks, None for running statistics, which do not depend on x.
+# (C,) where they lie on several ranks, None for running statistics, which do not depend on x.
 Count: TypeAlias = int | Tensor | None
-Statistics: TypeAlias = tuple[Tensor, Tensor, Count]  # mean (C,), biased variance (C,), count
 
 
-def several_ranks() -> bool:
-    """Whether there is a process group of more than this process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+class Statistics(NamedTuple):
+    """What a map is normalised with."""
+
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,), biased
+    values: Count  # per channel
 
 
-def gather_statistics(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and count over all ranks from those of this one, in one collective."""
-    local = torch.cat([mean, var, mean.new_full((1,), count)])
-    ranks = local.new_empty(dist.get_world_size(), len(local))
-    dist.all_gather(list(ranks.unbind()), local)
-    means, variances, counts = ranks.split([len(mean), len(var), 1], dim=1)
-    total = counts.sum(0)
-    share = counts / total
-    mean = (share * means).sum(0)
-    # Variance within ranks plus variance between them: no difference of large sums.
-    return mean, (share * (variances + (means - mean).square())).sum(0), total
+class Running(NamedTuple):
+    """The buffers that a batch in training moves, and by what share."""
+
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,), unbiased
+    batches: Tensor  # (), int64
+    momentum: float
 
 
-def sum_over_ranks(sums: Tensor, count: Count) -> Tensor:
-    """`sums` of this rank, or of all where the count is over all."""
-    if isinstance(count, Tensor):
-        sums = sums.clone()
-        dist.all_reduce(sums)
-    return sums
+def gather_rows(row: Tensor) -> Tensor:
+    """The rows (ranks, 3, C) of all ranks, in one collective; this one's is `row` (3, C)."""
+    ranks = distributed.world_size()
+    rows = row.new_empty(ranks * len(row), *row.shape[1:])  # gloo takes them one below the other
+    dist.all_gather_into_tensor(rows, row, group=distributed.norm_group())
+    return rows.view(ranks, *row.shape)
+
+
+def sum_over_ranks_(means: Tensor) -> Tensor:
+    """The sum over all ranks, in place and returned, in one collective."""
+    dist.all_reduce(means, group=distributed.norm_group())
+    return means

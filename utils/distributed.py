@@ -20,6 +20,7 @@ from utils.errors import UserError
 TIMEOUT = timedelta(hours=2)
 
 _host_group: Any = None  # for flags on the CPU; None is the default group
+_norm_group: Any = None  # of the norms, made when the first one asks
 
 
 def init(local_rank: int | None = None) -> torch.device:
@@ -77,8 +78,10 @@ def shutdown(failed: bool = False) -> None:
     After a failure other processes may hang in a collective that NCCL would wait for; the launcher
     ends them.
     """
+    global _norm_group
     if _active() and not (failed and dist.get_backend() == "nccl"):
         dist.destroy_process_group()
+        _norm_group = None
 
 
 def rank() -> int:
@@ -113,6 +116,19 @@ def broadcast_buffers(module: nn.Module) -> None:
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
+
+
+def norm_group() -> Any:
+    """The process group of synchronised norms; all processes ask for it at the same place.
+
+    The collectives of a group run one after the other. A norm waits for its own, so they must not
+    queue behind those of DistributedDataParallel, which move megabytes and can wait. The first call
+    makes the group: without a synchronised norm nobody pays for its connections.
+    """
+    global _norm_group
+    if _norm_group is None:
+        _norm_group = dist.new_group(timeout=TIMEOUT)
+    return _norm_group
 
 
 def any_process(flag: bool) -> bool:

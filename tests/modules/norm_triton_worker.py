@@ -19,12 +19,12 @@ from tests.modules.norm_worker import run_layer
 
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Shape, and the limits TILE, CHANNELS and PROGRAMS of the kernels.
+# Shape, and the limits TILE, CHANNELS and ROWS of the kernels and the programs of a reduction.
 SHAPES = {
-    "as delivered": ((2, 65, 3, 5), (4096, 64, 1024)),
-    "one pixel": ((4, 3, 1, 1), (4096, 64, 1024)),
-    "many tiles": ((2, 2, 7, 5), (32, 2, 4)),
-    "a split per tile": ((2, 2, 5, 5), (16, 2, 64)),
+    "as delivered": ((2, 65, 3, 5), (4096, 64, 512, 1024)),
+    "one pixel": ((4, 3, 1, 1), (4096, 64, 512, 1024)),
+    "many tiles": ((2, 2, 7, 5), (32, 2, 2, 6)),
+    "a split per tile": ((2, 2, 5, 5), (16, 2, 4, 64)),
 }
 
 
@@ -92,18 +92,26 @@ def make_layer(case: Case) -> InPlaceABN:
 
 
 def compute(case: Case, device: str) -> dict[str, Tensor | None]:
-    """Output, gradients and buffers, and whether y and dx are laid out as x."""
+    """Output, gradients and buffers, and checks of what else a layer promises.
+
+    They are whether y and dx are laid out as x, and which buffers autograd saw written.
+    """
     norm.use("triton")
     kernels = norm._triton()
     assert kernels is not None
     x, dy = (t.to(device) for t in inputs(case))
-    limits = dict(zip(("TILE", "CHANNELS", "PROGRAMS"), SHAPES[case.size][1], strict=True))
-    with patch.multiple(kernels, **limits):
-        assert norm._triton_for(x) is kernels, "plain operations would compute this case"
-        result = run_layer(make_layer(case).to(device), x, dy, case.trained != "parameters")
+    assert norm._triton_for(x) is kernels, "plain operations would compute this case"
+    *limits, programs = SHAPES[case.size][1]
+    patches = dict(zip(("TILE", "CHANNELS", "ROWS"), limits, strict=True))
+    with patch.multiple(kernels, **patches, _programs=lambda *_: programs):
+        layer = make_layer(case).to(device)
+        versions = [buffer._version for buffer in layer.buffers()]
+        result = run_layer(layer, x, dy, case.trained != "parameters")
     norm.use("auto")
     kept = [t.stride() == x.stride() for t in (result["y"], result["dx"]) if t is not None]
     result["layout kept"] = torch.tensor(kept)
+    written = [b._version > v for b, v in zip(layer.buffers(), versions, strict=True)]
+    result["autograd knows"] = torch.tensor(written)
     return {key: t if t is None else t.cpu() for key, t in result.items()}
 
 

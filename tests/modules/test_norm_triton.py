@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ from tests.modules.norm_triton_worker import CASES, Case
 from tests.modules.norm_worker import run_layer
 
 triton = pytest.importorskip("triton", reason="Triton is not installed", exc_type=ImportError)
-kernels = pytest.importorskip("modules.norm_triton")
+host = pytest.importorskip("modules.norm_triton")
+kernels = pytest.importorskip("modules.norm_triton_kernels")
+check = pytest.importorskip("modules.norm_check")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_kernels_equal_the_formula_and_the_plain_path(
 ) -> None:
     case, result = CASES[i], results[i]
     plain = run_layer(worker.make_layer(case), *worker.inputs(case), case.trained != "parameters")
-    assert result.keys() - {"layout kept"} == plain.keys()
+    assert result.keys() - {"layout kept", "autograd knows"} == plain.keys()
     # A mean of 1e3 costs three of the seven digits of float32, but not in the statistics.
     accuracy = torch.finfo(case.dtype).eps * (1e3 if case.mean == 1e3 else 1)
     wanted = {"all": {"dx", "dw", "db"}, "input": {"dx"}, "parameters": {"dw", "db"}}
@@ -94,7 +96,9 @@ def test_kernels_equal_the_formula_and_the_plain_path(
         bound = 1e-5 if key.startswith("running") else 4 * accuracy
         assert deviation(case, key, value, expected) < bound, key
         assert deviation(case, key, value, plain_value) < bound, key
+    assert result["num_batches_tracked"] == plain["num_batches_tracked"] == int(case.training)
     assert result["layout kept"].all()
+    assert result["autograd knows"].tolist() == [case.training] * 3
 
 
 @pytest.mark.parametrize(
@@ -112,16 +116,16 @@ def test_kernels_equal_the_formula_and_the_plain_path(
     ],
 )
 def test_maps_that_fit(x: Tensor, fits: bool) -> None:
-    assert kernels.fits(x) == fits
+    assert host.fits(x) == fits
 
 
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(norm, "_kernels", "auto")  # restores it afterwards
     norm.use("triton")
-    kernels.works.cache_clear()
+    check.works.cache_clear()
     yield kernels
-    kernels.works.cache_clear()
+    check.works.cache_clear()
 
 
 @pytest.mark.skipif(
@@ -132,7 +136,7 @@ def test_failing_kernels_leave_one_log_line_and_the_plain_path(
 ) -> None:
     case = Case("many tiles")  # on a CPU, which Triton does not launch on
     expected = run_layer(worker.make_layer(case), *worker.inputs(case))
-    with caplog.at_level(logging.WARNING, logger="modules.norm_triton"):
+    with caplog.at_level(logging.WARNING, logger="modules.norm_check"):
         results = [run_layer(worker.make_layer(case), *worker.inputs(case)) for _ in range(2)]
     for key, value in expected.items():
         assert torch.equal(results[0][key], value)
@@ -145,9 +149,9 @@ def test_old_devices_are_not_tried(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    kernels.works.cache_clear()
-    assert not kernels.works(torch.device("cuda"), torch.float16)
-    kernels.works.cache_clear()
+    check.works.cache_clear()
+    assert not check.works(torch.device("cuda"), torch.float16)
+    check.works.cache_clear()
     assert "compute capability 8.0" in caplog.text
 
 
@@ -155,21 +159,27 @@ def test_old_devices_are_not_tried(
     tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3),
     reason="triton.compile wants another description of the arguments before Triton 3.3",
 )
-def test_kernels_compile_for_cuda_without_a_device() -> None:
+@pytest.mark.parametrize("absent", [False, True])
+def test_kernels_compile_for_cuda_without_a_device(absent: bool) -> None:
     """The interpreter forgives what the compiler does not, such as a variable of changing type."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     maps, sizes = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr"), {"BLOCK_C": 64, "BLOCK_P": 64}
-    sizes |= {"BLOCK_S": 64, "pixel_stride": 1}
+    sizes |= {"BLOCK_R": 64, "pixel_stride": 1}
+    if absent:  # what is not passed to every launch
+        buffers = ("running_mean_ptr", "running_var_ptr", "batches_ptr")
+        sizes |= dict.fromkeys((*buffers, "means_ptr", "count_ptr"))
     for kernel in (
-        kernels._statistics, kernels._combine, kernels._normalise, kernels._gradient_sums,
-        kernels._input_gradient,
+        kernels.statistics, kernels.combine, kernels.normalise, kernels.gradient_sums,
+        kernels.add_up, kernels.input_gradient,
     ):  # fmt: skip
         signature = {}
         for argument in kernel.arg_names:
             pointer = "*bf16" if argument in maps else "*fp32"
-            number = "fp32" if argument in ("eps", "slope") else "i32"
+            pointer = "*i64" if argument == "batches_ptr" else pointer
+            real = argument in ("eps", "slope", "momentum", "count")
+            number = "fp32" if real else "i32"
             signature[argument] = pointer if argument.endswith("_ptr") else number
             if argument in sizes:
                 signature[argument] = "constexpr"
@@ -178,10 +188,69 @@ def test_kernels_compile_for_cuda_without_a_device() -> None:
         assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
 
 
+@pytest.mark.parametrize(
+    ("registers", "warps", "multiprocessors", "threads", "programs"),
+    [
+        (32, 4, 132, 2048, 16 * 132),  # registers and threads end together
+        (33, 4, 1, 2048, 12),  # a warp gets 1280, not 1056
+        (120, 4, 132, 2048, 4 * 132),
+        (120, 8, 132, 2048, 2 * 132),
+        (16, 4, 84, 1536, 12 * 84),  # threads
+        (255, 16, 108, 2048, 108),  # not even one fits by the estimate
+    ],
+)
+def test_as_many_programs_as_fit(
+    registers: int, warps: int, multiprocessors: int, threads: int, programs: int
+) -> None:
+    assert host.resident_programs(registers, warps, multiprocessors, threads) == programs
+
+
+class Kernel:
+    """Has the registers that it is told, or none, as in the interpreter; counts compilations."""
+
+    def __init__(self, registers: int | None) -> None:
+        self.registers, self.compilations = registers, 0
+
+    def warmup(self, *arguments: object, grid: tuple[int]) -> object:
+        self.compilations += 1
+        loaded = SimpleNamespace(metadata=SimpleNamespace(num_warps=4))
+        if self.registers:  # known only once the program is loaded
+            loaded._init_handles = lambda: setattr(loaded, "n_regs", self.registers)
+        return loaded
+
+
+def test_the_programs_of_a_reduction_come_from_its_registers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = SimpleNamespace(multi_processor_count=100, max_threads_per_multi_processor=2048)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.setattr(host, "_known", {})
+
+    def programs(kernel: Kernel, batch: int, side: int, cuda: bool = True) -> int:
+        layout = host._Layout.of(torch.empty(batch, 64, side, side, device="meta"))
+        x = SimpleNamespace(is_cuda=cuda, device="cuda:0" if cuda else "cpu", dtype=torch.float16)
+        return host._programs(kernel, x, layout, ())
+
+    kernel = Kernel(120)
+    assert programs(kernel, 2, 8, cuda=False) == host.PROGRAMS
+    assert kernel.compilations == 0
+    assert [programs(kernel, batch, 8) for batch in (2, 2, 7)] == [400] * 3
+    assert kernel.compilations == 1  # the batch size changes nothing, so the order of sums neither
+    assert programs(kernel, 2, 16) == 400
+    assert kernel.compilations == 2
+    assert programs(Kernel(None), 2, 8) == host.PROGRAMS
+
+
+@pytest.mark.parametrize(("programs", "splits"), [(1, 1), (7, 3), (2, 1), (10**6, 4)])
+def test_programs_share_the_tiles_of_a_reduction(programs: int, splits: int) -> None:
+    layout = host._Layout.of(torch.empty(2, 2, 65, 65))  # per channel and image two tiles
+    assert layout.splits(programs) == (2, splits)
+
+
 def test_compiles_no_more_for_another_batch(forced: ModuleType) -> None:
     """The kernels do not specialise on batch sizes, or the last batch of an evaluation would."""
     for kernel in (
-        kernels._statistics, kernels._normalise, kernels._gradient_sums, kernels._input_gradient
+        kernels.statistics, kernels.normalise, kernels.gradient_sums, kernels.input_gradient
     ):  # fmt: skip
         sizes = [p for p in kernel.params if p.name in ("images", "pixels")]  # B·H·W in one of them
         assert len(sizes) == 2
