@@ -36,7 +36,7 @@ from metrics import Scores, StreamSegMetrics, score_rows, to_table
 from modules.norm import get_norm
 from segmentation_module import (
     IncrementalSegmentationModule,
-    load_imagenet_weights,
+    load_pretrained,
     load_state,
     make_model,
 )
@@ -290,8 +290,7 @@ def build_models(
     student = new_model(context, task.classes_per_step(opts.step), fix_bn=opts.fix_bn)
     if opts.step == 0:
         if imagenet:
-            path = Path("pretrained") / f"{opts.backbone}_iabn_sync.pth.tar"
-            load_imagenet_weights(student.body, path)
+            load_pretrained(student.body, opts.backbone)
         teacher, previous = None, {}
     else:
         teacher = new_model(context, task.classes_per_step(opts.step - 1))
