@@ -167,9 +167,7 @@ class TestOwnLayouts:
         source, body = ours("resnet18", "iabn"), ours("resnet18", norm)
         draw_norms(source, 4)
         state = source.state_dict() | {"classifier.fc.weight": torch.zeros(3, 512)}
-        load_pretrained(
-            body, "resnet18", save({"state_dict": prefixed(state, prefix)}, tmp_path)
-        )
+        load_pretrained(body, "resnet18", save({"state_dict": prefixed(state, prefix)}, tmp_path))
         self.assert_same(source, body, exactly=norm == "iabn")
 
     @pytest.mark.parametrize("prefix", ["", "module."])
@@ -190,9 +188,7 @@ class TestOwnLayouts:
     def test_checkpoint_that_says_nothing_is_taken_as_it_is(self, tmp_path, norm: str):
         model, body = make_model("resnet18", get_norm(norm), [4]).eval(), ours("resnet18", norm)
         draw_norms(model, 5)
-        load_pretrained(
-            body, "resnet18", save({"model_state": model.state_dict()}, tmp_path)
-        )
+        load_pretrained(body, "resnet18", save({"model_state": model.state_dict()}, tmp_path))
         self.assert_same(model.body, body, exactly=True)
 
     def test_default_is_the_official_file(self, tmp_path, monkeypatch):
