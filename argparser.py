@@ -128,9 +128,10 @@ class Options:
         choices=tuple(sorted(STRIDES_AND_DILATIONS)),
     )  # fmt: skip
     norm_act: str = flag("iabn_sync", "normalisation and activation", choices=NORMS, group="model")
-    pretrained: bool = _free(
-        True, "ImageNet weights at step 0", negatable=True, group="model"
-    )
+    pretrained: bool | str = _free(
+        True, "ImageNet weights at step 0: a file, torchvision to fetch its own, or nothing for "
+        "pretrained/<backbone>_iabn_sync.pth.tar", negatable=True, takes_value=True, group="model",
+    )  # fmt: skip
     pooling: int = flag(
         None, "pooling window of the head in eval (default crop_size / output_stride)",
         parse=number(int, 1), group="model",

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from modules.deeplab import DeeplabV3
 from modules.norm import ABN
+from modules.pretrained import CURE, match_norms, read_weights
 from modules.residual import Norm
 from modules.resnet import ResNet
-from utils.checkpoint import load_file, strip_module_prefix
 from utils.errors import UserError
 
 HEAD_CHANNELS = 256
@@ -98,22 +98,19 @@ def make_model(
     return IncrementalSegmentationModule(body, head, classes_per_step)
 
 
-def load_imagenet_weights(body: nn.Module, path: Path) -> None:
-    """Load `{"state_dict": ...}` of an ImageNet classifier strictly into the body.
+def load_pretrained(body: nn.Module, backbone: str, source: str | Path | None = None) -> None:
+    """Load ImageNet weights into a body of random weights; it computes what they computed.
 
-    `module.` prefixes are stripped and `classifier.fc.*` is dropped. Raises UserError for a missing
-    or unreadable file and for keys or shapes that do not fit.
+    `source` is a file, the word "torchvision", or None for
+    `pretrained/<backbone>_iabn_sync.pth.tar`: `modules/pretrained.py` says which layouts it reads
+    and how weights are carried between plain norms and those in place. Raises UserError, and leaves
+    the body as it was, for a file that is missing or unreadable, a layout that is unknown, weights
+    that cannot be fetched, and keys or shapes that do not fit (another backbone).
     """
-    cure = "see pretrained/README.md, or start from random weights with --no-pretrained"
-    if not path.is_file():
-        raise UserError(f"no ImageNet weights at {path}: {cure}")
-    content = load_file(path)
-    state = content.get("state_dict")
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds no 'state_dict': {cure}")
-    state = strip_module_prefix(state)
-    state = {k: v for k, v in state.items() if not k.startswith("classifier.fc.")}
-    load_state(body, state, f"ImageNet weights {path}", cure)
+    weights = read_weights(backbone, source)
+    cure = f"give weights of a {backbone} or choose their --backbone; {CURE}"
+    load_state(body, weights.state, weights.origin, cure)
+    match_norms(body, weights.in_place)
 
 
 def load_state(

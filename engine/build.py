@@ -25,7 +25,7 @@ from methods.start import start_student
 from modules.norm import get_norm
 from segmentation_module import (
     IncrementalSegmentationModule,
-    load_imagenet_weights,
+    load_pretrained,
     load_state,
     make_model,
 )
@@ -136,8 +136,8 @@ def build_models(
         teacher = new_model(context, classes[:-1])
         previous = load_teacher(context, teacher, student)
     elif imagenet:
-        path = Path("pretrained") / f"{opts.backbone}_iabn_sync.pth.tar"
-        load_imagenet_weights(student.body, path)
+        source = opts.pretrained if isinstance(opts.pretrained, str) else None
+        load_pretrained(student.body, opts.backbone, source)
     start_student(opts.method, student, opts.step)
     return student, teacher, previous
 
@@ -230,7 +230,8 @@ def build_training(
         len(data.train), opts.batch_size, seed=opts.random_seed,
         rank=distributed.rank(), world=distributed.world_size(),
     )  # fmt: skip
-    student, teacher, previous = build_models(context, opts.pretrained and resumed is None)
+    imagenet = opts.pretrained is not False and resumed is None
+    student, teacher, previous = build_models(context, imagenet)
     max_iters = opts.epochs * batches.iterations_per_epoch
     learner = build_learner(context, student, teacher, previous, max_iters)
     counts = batch_counts(context, batches)

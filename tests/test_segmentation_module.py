@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from modules.norm import get_norm
-from segmentation_module import MAPS, load_imagenet_weights, load_state, make_model
+from segmentation_module import MAPS, load_pretrained, load_state, make_model
 from tests.conftest import GOLDEN
 from tests.reference import SEED, batch, fill
 from utils.errors import UserError
@@ -146,13 +146,13 @@ class TestImagenetWeights:
         path = tmp_path / "resnet18.pth.tar"
         written = self.write(path)
         body = make_model("resnet18", get_norm("iabn"), [2]).body
-        load_imagenet_weights(body, path)
+        load_pretrained(body, "resnet18", path)
         own = body.state_dict()
         assert all(torch.equal(v, own[k]) for k, v in written.state_dict().items())
 
     def test_missing_file_names_path_readme_and_flag(self, tmp_path):
         with pytest.raises(UserError, match=r"none\.tar.*pretrained/README\.md.*--no-pretrained"):
-            load_imagenet_weights(torch.nn.Identity(), tmp_path / "none.tar")
+            load_pretrained(torch.nn.Identity(), "resnet18", tmp_path / "none.tar")
 
     @pytest.mark.parametrize("kind", ["missing", "unknown", "shape", "nan"])
     def test_wrong_keys_are_named_and_change_nothing(self, tmp_path, kind: str):
@@ -168,5 +168,5 @@ class TestImagenetWeights:
         body = make_model("resnet18", get_norm("iabn"), [2]).body
         before = {k: v.clone() for k, v in body.state_dict().items()}
         with pytest.raises(UserError, match=r"mod1\.conv1\.weight|extra"):
-            load_imagenet_weights(body, path)
+            load_pretrained(body, "resnet18", path)
         assert all(torch.equal(v, body.state_dict()[k]) for k, v in before.items())

@@ -31,15 +31,18 @@ def flag(
     parse: Callable[[str], Any] = str,
     choices: Collection[Any] | None = None,
     negatable: bool = False,
+    takes_value: bool = False,
     **notes: Any,
 ) -> Any:
     """A dataclass field that `add_flags` turns into `--<name>`.
 
-    A boolean default makes a switch, which `--no_<name>` turns off if it is `negatable`. `parse`
-    turns the text behind any other flag into its value. `notes` are kept in the field's metadata.
+    A boolean default makes a switch, which `--no_<name>` turns off if it is `negatable`; with
+    `takes_value` a text may stand behind it. `parse` turns the text behind any other flag into its
+    value. `notes` are kept in the field's metadata.
     """
     about = {
         "help": help, "resume": resume, "parse": parse, "choices": choices, "negatable": negatable,
+        "takes_value": takes_value,
     }  # fmt: skip
     return field(default=default, metadata=about | notes)
 
@@ -62,7 +65,7 @@ def add_flags(group: argparse._ArgumentGroup, entries: Sequence[Field[Any]]) -> 
         if not isinstance(entry.default, bool):
             settings |= {"type": about["parse"], "choices": about["choices"]}
         elif about["negatable"]:
-            settings["action"] = Switch
+            settings |= {"action": Switch, "nargs": "?" if about["takes_value"] else 0}
         else:
             settings["action"] = "store_true"
         group.add_argument(f"--{entry.name}", **settings)
@@ -95,14 +98,17 @@ class Parser(argparse.ArgumentParser):
 
 
 class Switch(argparse.Action):
-    """`--flag` turns on, `--no_flag` turns off."""
+    """`--flag` turns on, `--no_flag` turns off; with nargs "?" `--flag TEXT` sets the text."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
         name = option_strings[0]
-        super().__init__([name, f"--no_{name[2:]}"], dest, nargs=0, **settings)
+        super().__init__([name, f"--no_{name[2:]}"], dest, **settings)
 
     def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
-        setattr(namespace, self.dest, not str(option_string).startswith("--no_"))
+        off = str(option_string).startswith("--no_")
+        if off and values:
+            parser.error(f"argument {option_string}: takes no value, not {values!r}")
+        setattr(namespace, self.dest, not off and (values or True))
 
 
 def number(
