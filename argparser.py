@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from platform import python_version
 from typing import Any, NamedTuple
 
 from dataset.catalog import DATASETS, OWN, get_spec
@@ -22,6 +23,7 @@ from modules.structures import NORMS, STRIDES_AND_DILATIONS, STRUCTURES
 from tasks import Task, check_step
 from utils.errors import UserError
 from utils.flags import Parser, add_flags, flag, flags_of, number, per_step, several
+from utils.version import VERSION
 
 SYNONYMS = {"--overlapped": "--overlap"}  # typed by the reference's README
 PAPER_BATCH = 24  # images in one iteration, over all processes
@@ -204,6 +206,8 @@ def get_parser() -> Parser:
         epilog="Exit status: 0 done; 1 failed, with a line that says why; 75 stopped by SIGTERM or "
         "Ctrl-C with a checkpoint written: the same command with --continue_ckpt goes on.",
     )
+    version = f"run.py {VERSION} (Python {python_version()})"
+    parser.add_argument("--version", action="version", version=version)
     groups: dict[str, list[Any]] = {}
     for entry in flags_of(Options):
         groups.setdefault(entry.metadata["group"], []).append(entry)

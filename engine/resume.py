@@ -20,6 +20,7 @@ from train import Learner
 from utils import checkpoint, distributed
 from utils.errors import UserError
 from utils.results import read_results, result_files
+from utils.version import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -150,5 +151,6 @@ def save_progress(
             "steps": [list(labels) for labels in context.task.steps[: opts.step + 1]],
             "class_names": list(context.spec.class_names),
             "options": opts.record(),
+            "program": VERSION,
         }
         checkpoint.save(own_checkpoint(opts), content)

@@ -222,7 +222,7 @@ def _sums(
     with torch.set_grad_enabled(with_gradient):
         if not with_gradient:
             return sums(source)[1], None
-        if torch.compiler.is_compiling():  # traces torch.func alone, which is the slower one else
+        if torch.compiler.is_compiling():  # which traces torch.func only
             gradient, values = torch.func.grad(sums, has_aux=True)(source)
             return values, gradient
         total, values = sums(source.requires_grad_())

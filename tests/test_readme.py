@@ -15,6 +15,7 @@ import report
 from argparser import get_parser, parse
 from benchmarks import ceilings, data, eval, loss, norm, startup, step
 from dataset import check, splits
+from methods.table import METHODS, Method
 from tests.conftest import ROOT
 from utils.flags import Switch
 
@@ -117,8 +118,26 @@ def flag_row(action: argparse.Action) -> str:
     return f"| `{flag}`{mark} | {default} | {text} |"
 
 
-def test_flags_table_is_the_parsers():
-    assert flags_table() in (ROOT / "README.md").read_text()
+def methods_table() -> str:
+    """The methods as README shows them: what each sets, and the paper."""
+    lines = ["| `--method` | sets | paper |", "|---|---|---|"]
+    for name, method in METHODS.items():
+        ordinary = Method().flags()
+        row = {flag: value for flag, value in method.flags().items() if value != ordinary[flag]}
+        sets = ", ".join(f"`{k}`" if v is True else f"`{k}` {v}" for k, v in row.items())
+        for case in method.cases:
+            where = " ".join(filter(None, (case.dataset, case.task)))
+            sets += f"; {where}: " + ", ".join(f"`{k}` {v}" for k, v in case.values.items())
+        lines.append(f"| {name} | {sets} | {method.paper} |")
+    return "\n".join(lines)
+
+
+TABLES = {"| flag |": flags_table, "| `--method` |": methods_table}  # first cell -> the table
+
+
+@pytest.mark.parametrize("make", TABLES.values())
+def test_tables_are_those_of_the_program(make):
+    assert make() in (ROOT / "README.md").read_text()
 
 
 def test_paths_that_readme_names_exist():
@@ -129,7 +148,10 @@ def test_paths_that_readme_names_exist():
     assert {n for n in named if not Path(ROOT, n).exists()} == set()
 
 
-if __name__ == "__main__":  # python -m tests.test_readme: bring README's table up to date
+if __name__ == "__main__":  # python -m tests.test_readme: bring README's tables up to date
     page = ROOT / "README.md"
-    table = re.compile(r"(?<=\n\n)\| flag \|.*?(?=\n\n)", re.S)
-    page.write_text(table.sub(lambda _: flags_table(), page.read_text()))
+    text = page.read_text()
+    for start, make in TABLES.items():
+        table = re.compile(rf"(?<=\n\n){re.escape(start)}.*?(?=\n\n)", re.S)
+        text = table.sub(lambda _, make=make: make(), text)  # type: ignore[misc]
+    page.write_text(text)
