@@ -22,7 +22,7 @@ REFUSED = re.compile(r"argument -|unrecognized arguments|arguments are required|
 READ = """
 import argparser, json
 rows = [[a.option_strings, a.nargs, a.default, list(a.choices or ())]
-        for a in argparser.get_parser()._actions if a.dest != "help"]
+        for a in argparser.get_parser()._actions if a.dest not in ("help", "version")]
 print(json.dumps(rows + [[[flag], 0, None, []] for flag in argparser.SYNONYMS]))
 """
 # Runs run.py as a program for each list of arguments, but imports torch only once.
@@ -55,7 +55,7 @@ class Flag(NamedTuple):
 
     def typed_default(self) -> list[str]:
         """The default as a user types it; empty where nothing can be typed."""
-        if self.nargs == 0:
+        if self.nargs == 0 or isinstance(self.default, bool):  # a value may follow some switches
             return [self.strings[not self.default]] if len(self.strings) == 2 else []
         return [] if self.default is None else [f"{self.strings[0]}={self.default}"]
 
