@@ -21,7 +21,8 @@ from benchmarks.same_values import Comparisons
 REFUSED = re.compile(r"argument -|unrecognized arguments|arguments are required|ambiguous option")
 READ = """
 import argparser, json
-rows = [[a.option_strings, a.nargs, a.default, list(a.choices or ())]
+rows = [[a.option_strings, 0 if isinstance(a.default, bool) else a.nargs, a.default,
+         list(a.choices or ())]
         for a in argparser.get_parser()._actions if a.dest not in ("help", "version")]
 print(json.dumps(rows + [[[flag], 0, None, []] for flag in argparser.SYNONYMS]))
 """
@@ -55,7 +56,7 @@ class Flag(NamedTuple):
 
     def typed_default(self) -> list[str]:
         """The default as a user types it; empty where nothing can be typed."""
-        if self.nargs == 0 or isinstance(self.default, bool):  # a value may follow some switches
+        if self.nargs == 0:
             return [self.strings[not self.default]] if len(self.strings) == 2 else []
         return [] if self.default is None else [f"{self.strings[0]}={self.default}"]
 
