@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ import report
 from argparser import get_parser, parse
 from benchmarks import ceilings, data, eval, loss, norm, startup, step
 from dataset import check, splits
+from methods.table import METHODS, Method
 from tests.conftest import ROOT
-from utils.flags import Switch
+from utils.flags import Switch, flags_of
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -121,6 +123,39 @@ def test_flags_table_is_the_parsers():
     assert flags_table() in (ROOT / "README.md").read_text()
 
 
+def methods_table() -> str:
+    """The rows of METHODS as docs/methods.md shows them."""
+    lines = ["| method | paper | flags | otherwise |", "|---|---|---|---|"]
+    for method in METHODS.values():
+        values = {
+            entry.name: value
+            for entry in flags_of(Method)
+            if (value := getattr(method, entry.name)) != entry.default
+        }
+        cases = [
+            f"{case.dataset}{f' {case.task}' if case.task else ''}: {spelled(case.values)}"
+            for case in method.cases
+        ]
+        cells = (method.name, method.paper, spelled(values), "; ".join(cases))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spelled(values: Mapping[str, object]) -> str:
+    """Flags as they would be typed."""
+    flags = (f"--{k}" + ("" if v is True else f" {v}") for k, v in values.items())
+    return " ".join(f"`{flag}`" for flag in flags)
+
+
+def test_methods_table_is_current():
+    assert methods_table() + "\n\n" in (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_every_method_has_its_section():
+    titles = re.findall(r"^## (.*)", (ROOT / "docs" / "methods.md").read_text(), re.M)
+    assert set(METHODS) <= {name for title in titles for name in title.split(", ")}
+
+
 def test_paths_that_readme_names_exist():
     text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"`((?:tests|utils|docs|data|pretrained)/[\w./]*)`", text))
@@ -129,7 +164,10 @@ def test_paths_that_readme_names_exist():
     assert {n for n in named if not Path(ROOT, n).exists()} == set()
 
 
-if __name__ == "__main__":  # python -m tests.test_readme: bring README's table up to date
-    page = ROOT / "README.md"
-    table = re.compile(r"(?<=\n\n)\| flag \|.*?(?=\n\n)", re.S)
-    page.write_text(table.sub(lambda _: flags_table(), page.read_text()))
+if __name__ == "__main__":  # python -m tests.test_readme: bring the generated tables up to date
+    for page, head, made in (
+        (ROOT / "README.md", "flag", flags_table()),
+        (ROOT / "docs" / "methods.md", "method \\| paper", methods_table()),
+    ):
+        table = re.compile(rf"(?<=\n\n)\| {head} \|.*?(?=\n\n)", re.S)
+        page.write_text(table.sub(lambda _, made=made: made, page.read_text()))

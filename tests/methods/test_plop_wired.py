@@ -25,6 +25,7 @@ from tests.conftest import GOLDEN2
 from tests.methods.test_plop import NEW, OLD, TRAJECTORIES, build, scaled_teacher
 from tests.reference import batch
 from train import Learner
+from utils.errors import UserError
 from utils.precision import Precision
 from utils.scheduler import poly
 
@@ -232,6 +233,24 @@ def test_rows(dataset: str, task: str, method: str, values: dict):
     assert {name: getattr(row, name) for name in values} == values
     assert not (method.startswith("PLOP") and (row.unce or row.loss_kd))
     assert row.init_balanced
+
+
+@pytest.mark.parametrize(
+    ("flags", "least"),
+    [(["--crop_size", "48"], 49), (["--crop_size", "32"], 49)],
+)
+def test_a_crop_too_small_for_pod_is_refused(flags: list[str], least: int):
+    with pytest.raises(UserError, match=f"--crop_size.*--pod: give at least {least}"):
+        parse(["--step", "1", "--method", "PLOP", *flags])
+    assert parse(["--step", "1", "--method", "PLOP", "--crop_size", str(least)])
+    assert parse(["--step", "1", "--method", "PLOP", *flags, "--output_stride", "8"])
+    assert parse(["--method", "PLOP", "--crop_size", "48"])  # step 0 has no POD
+    assert parse(["--method", "PLOP", "--step", "1", "--crop_size", "48", "--test"])
+
+
+def test_pseudo_labels_need_softmax():
+    with pytest.raises(UserError, match="--pseudo"):
+        parse(["--step", "1", "--method", "PLOP", "--bce"])
 
 
 def test_step_0_is_shared_with_ft():

@@ -148,7 +148,7 @@ def arm(fault: Fault) -> None:
     elif place == "survey":
         objective = methods.objective.Objective
         objective.survey = before(objective.survey, fault)  # type: ignore[method-assign]
-    elif place == "blended":
+    elif place == "save":
         engine.fit.save_progress = before(engine.fit.save_progress, fault)
     elif place == "iteration":
         train.Learner.step = before(train.Learner.step, fault)  # type: ignore[method-assign]

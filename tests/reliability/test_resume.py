@@ -55,10 +55,10 @@ KILLS = [
 # has 7 iterations; the checkpoint after the pass is the first.
 LATER_KILLS = [
     kill("survey", 4),  # in the pass
-    kill("blended", 1),  # after the pass, before its checkpoint
+    kill("save", 1),  # after the pass, before its checkpoint
     kill("iteration", 3),
     kill("evaluation", 2),
-    kill("blended", 3),  # between the blend and the final checkpoint
+    kill("save", 3),  # between the blend and the final checkpoint
     kill("checkpoint", 1, bytes=20_000),  # in the middle of that one
     kill("rename", 1),  # it just took its place
     kill("evaluation", 2),  # in the final test
@@ -104,7 +104,7 @@ def test_killed_everywhere(fresh, toy, method, world):
     assert learn(reference, toy, method, world).wait().status == [0] * world
     for life, fault in enumerate(LATER_KILLS if method == "PLOP+EWF" else KILLS):
         # With several processes now one, now the other is hit; writes happen in the first.
-        writes = fault["at"] in ("blended", "checkpoint", "rename", "results")
+        writes = fault["at"] in ("save", "checkpoint", "rename", "results")
         fault = fault if writes or world == 1 else {**fault, "rank": life % world}
         workers = {3: 1, 6: 2}.get(life, 0)
         running = learn(folder, toy, method, world, "--continue_ckpt", "--num_workers", workers,
