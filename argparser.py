@@ -373,7 +373,12 @@ def _follow_recipe(values: dict[str, Any], given: Mapping[str, Any]) -> list[str
 
 
 def _reject_conflicts(opts: Options) -> None:
+    too_small = 3 * opts.output_stride  # local POD cuts the smallest map into 4 x 4 squares
+    pod = (opts.method.pod or opts.method.pod_logits) and opts.step > 0 and not opts.test
     conflicts = (
+        (pod and opts.crop_size <= too_small,
+         f"--crop_size {opts.crop_size} leaves fewer than 4 x 4 cells for --pod: give at least "
+         f"{too_small + 1}, or --pod 0 --pod_logits 0"),
         (opts.val_on_trainset and opts.cross_val,
          "--val_on_trainset and --cross_val exclude each other"),
         (opts.test and opts.continue_ckpt, "--test and --continue_ckpt exclude each other"),

@@ -44,6 +44,7 @@ class IncrementalSegmentationModule(nn.Module):
         self.body = body
         self.head = head
         self.cls = nn.ModuleList(nn.Conv2d(HEAD_CHANNELS, n, 1) for n in classes_per_step)
+        self.classes_per_step = tuple(classes_per_step)
         self._frozen_norms: list[ABN] = []
 
     def forward(self, images: Tensor, maps: tuple[str, ...] = ()) -> Output:

@@ -18,7 +18,7 @@ from dataset.sampler import EvalBatchSampler, TrainBatchSampler
 from engine.checkpoint import check_fits, load
 from engine.context import Context
 from engine.paths import WORKDIR, previous_checkpoint
-from engine.resume import Progress, batch_counts, restore
+from engine.resume import Progress, batch_counts, restore, restore_learned
 from methods.objective import Objective, make_objective
 from methods.regularizer import make_regularizers
 from methods.start import start_student
@@ -243,4 +243,6 @@ def build_training(
         )
         for model, training in ((distributed.wrap(student, context.device), True), (student, False))
     )  # fmt: skip
+    if resumed is not None:
+        restore_learned(resumed, objective)
     return Training(student, teacher, learner, objective, validated, batches, counts, progress)

@@ -37,6 +37,8 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "steps": list,
     "options": dict,
 }
+# What older programs did not write, and a resume can do without.
+OPTIONAL: dict[str, type | tuple[type, ...]] = {"objective_state": dict}
 
 
 def load(path: Path, cure: str) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def _family(norm: str) -> str:
 
 def _wrong_field(content: Mapping[str, Any]) -> str:
     """Name of a field of the wrong type or range; empty if there is none."""
-    for name, kind in FIELDS.items():
+    for name, kind in (FIELDS | OPTIONAL).items():
         value = content.get(name)
         if name in content and not isinstance(value, kind):
             return name

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -17,7 +18,8 @@ from engine.build import Training, evaluation_batches, make_loader, tune_convolu
 from engine.context import Context
 from engine.paths import own_checkpoint
 from engine.resume import save_progress
-from train import Batch, LogPoint, evaluate, predict_samples, train_epoch
+from methods.start import finish_student
+from train import Batch, LogPoint, evaluate, predict_samples, to_device, train_epoch
 from utils import distributed, workers
 from utils.logger import Logger
 from utils.pictures import palette, sample_panel, save_png, stacked
@@ -37,6 +39,9 @@ def fit(context: Context, training: Training, data: StepDatasets, logger: Logger
     loader = make_loader(context, data.train, training.batches, persistent=True)
     iterations = training.batches.iterations_per_epoch
     with _saved_if_interrupted(context, training, logger):
+        if training.objective.needs_survey:
+            survey(context, training, loader)
+            save(context, training, logger)  # so that no kill makes it look again
         while progress.epoch < opts.epochs:
             if progress.iteration < iterations:  # else it was interrupted in its validation
                 run_epoch(context, training, loader, logger)
@@ -45,6 +50,9 @@ def fit(context: Context, training: Training, data: StepDatasets, logger: Logger
                 score = validate(context, training, data.val, logger)
                 progress.best_score = max(progress.best_score, score)
             progress.epoch, progress.iteration = progress.epoch + 1, 0
+            if progress.epoch == opts.epochs:
+                # What a checkpoint calls unfinished never has it, so it happens once.
+                finish_student(opts.method, training.student, training.teacher)
             if progress.epoch == opts.epochs or progress.epoch % opts.ckpt_interval == 0:
                 save(context, training, logger)
     write_summary(context, training, data.test)
@@ -53,7 +61,8 @@ def fit(context: Context, training: Training, data: StepDatasets, logger: Logger
 def save(context: Context, training: Training, logger: Logger) -> None:
     """Write the checkpoint, the curves first, so that no kill makes a hole in them."""
     logger.flush()
-    save_progress(context, training.learner, training.progress, training.counts)
+    state = training.objective.state_dict()
+    save_progress(context, training.learner, training.progress, training.counts, state)
 
 
 @contextmanager
@@ -63,6 +72,27 @@ def _saved_if_interrupted(context: Context, training: Training, logger: Logger) 
     except Interrupted as wish:
         save(context, training, logger)
         raise Interrupted(f"{wish}; wrote {own_checkpoint(context.opts)}") from None
+
+
+def survey(context: Context, training: Training, loader: DataLoader[Any]) -> None:
+    """The pass of the teacher over the training data that an objective asks for before epoch 1.
+
+    It sees the batches of epoch 0, augmented as there. Raises Interrupted as soon as a process is
+    asked to stop; the pass then starts over.
+    """
+    training.batches.set_epoch(0)
+    tune_convolutions(context, same_size=True)
+    where = "in the pass before epoch 1; --continue_ckpt repeats it"
+    batches = until_stopped(workers.start(loader), len(training.batches), lambda: where)
+    totals: dict[str, Tensor] = {}
+    bar = tqdm(
+        to_device(batches, context.device), desc="pass before epoch 1", unit="it", leave=False,
+        total=len(training.batches), disable=None if distributed.is_main() else True,
+    )  # fmt: skip
+    for images, labels in bar:
+        for name, part in training.objective.survey(images, labels).items():
+            totals[name] = totals[name] + part if name in totals else part
+    training.objective.learn({k: distributed.all_reduce(v) for k, v in totals.items()})
 
 
 def run_epoch(

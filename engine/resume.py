@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from argparser import Options
 from dataset.catalog import get_spec
@@ -15,6 +18,7 @@ from dataset.sampler import TrainBatchSampler
 from engine.checkpoint import check_complete, check_fits, check_flags, load
 from engine.context import Context
 from engine.paths import base_checkpoint, check_base, own_checkpoint, result_key, setting
+from methods.objective import Objective
 from segmentation_module import load_state
 from train import Learner
 from utils import checkpoint, distributed
@@ -80,6 +84,11 @@ def load_resumed(context: Context) -> dict[str, Any] | None:
     check_fits(content, path, opts, steps, context.spec.class_names)
     check_complete(content, path, cure)
     check_flags(content, path, opts)
+    if opts.method.ewf and opts.step > 0 and content["finished"] and content["epoch"] < opts.epochs:
+        raise UserError(
+            f"{path} holds weights that --ewf has blended, nothing to train on: give the --epochs "
+            "it was written with, or start the step over without --continue_ckpt"
+        )
     log.info("going on from %s, epoch %d, iteration %d", path,
              content["epoch"] + 1, content["iteration"])  # fmt: skip
     return content
@@ -106,7 +115,7 @@ def restore(content: dict[str, Any], learner: Learner, counts: dict[str, int]) -
                 "processes what it was, or start the step over"
             )
     load_state(learner.model, content["model_state"], "the checkpoint", "start the step over")
-    try:
+    with _of_these_flags():
         checkpoint.load_optimizer(learner.optimizer, content["optimizer_state"])
         learner.scheduler.load_state_dict(content["scheduler_state"])
         learner.precision.scaler.load_state_dict(content["scaler_state"])
@@ -117,16 +126,32 @@ def restore(content: dict[str, Any], learner: Learner, counts: dict[str, int]) -
         done = progress.epoch * counts["iterations_per_epoch"] + progress.iteration
         if not learner.scheduler.last_epoch == content["total_iterations"] == done:
             raise ValueError("it disagrees with itself about the number of iterations")
+    return progress
+
+
+def restore_learned(content: dict[str, Any], objective: Objective) -> None:
+    """Put back what an objective learned before the first epoch. Raises UserError."""
+    with _of_these_flags():
+        objective.load_state_dict(content.get("objective_state", {}))
+
+
+@contextmanager
+def _of_these_flags() -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # state of other flags fails in as many ways as there are flags
         raise UserError(
             f"the checkpoint cannot be resumed with these flags ({error}): use those it was "
             "written with, or start the step over"
         ) from error
-    return progress
 
 
 def save_progress(
-    context: Context, learner: Learner, progress: Progress, counts: dict[str, int]
+    context: Context,
+    learner: Learner,
+    progress: Progress,
+    counts: dict[str, int],
+    objective_state: dict[str, Tensor],
 ) -> None:
     """Write the step's checkpoint: all that its future, and the next step's, depend on.
 
@@ -143,6 +168,7 @@ def save_progress(
             "scaler_state": learner.precision.scaler.state_dict(),
             "regularizer": regularizer.export() if regularizer else None,
             "regularizer_state": regularizer.state_dict() if regularizer else None,
+            "objective_state": objective_state,
             "random_state": torch.get_rng_state(),
             **asdict(progress),
             **counts,

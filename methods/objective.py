@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,7 @@ class Objective:
         asked = teacher is not None and any(group.asks_teacher for group in self.groups)
         self._run_student = run(student)
         self._run_teacher = run(teacher) if teacher is not None and asked else None
+        self._surveyors = {group.surveys: group for group in self.groups if group.surveys}
 
     def __call__(self, images: Tensor, labels: Tensor) -> Losses:
         """Images B 3 H W (normalised), labels B H W (head order, IGNORE_INDEX ignored)."""
@@ -67,6 +68,34 @@ class Objective:
         total = sum((p.total for p in parts[1:]), parts[0].total) if parts else torch.zeros(())
         terms = {name: value for part in parts for name, value in part.values.items()}
         return Losses(total, terms, output.logits)
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether a group has to see all training data once before the first iteration."""
+        return any(group.learned is None for group in self._surveyors.values())
+
+    def survey(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What to sum over all batches of that pass, in all processes, by the group's `surveys`."""
+        assert self._run_teacher is not None
+        with self.precision.autocast(), torch.inference_mode():
+            output = self._run_teacher(images, ())
+        with torch.no_grad():
+            return {name: group.survey(output, labels) for name, group in self._surveyors.items()}
+
+    def learn(self, totals: Mapping[str, Tensor]) -> None:
+        """End the pass: `totals` are the sums of all that `survey` returned."""
+        for name, group in self._surveyors.items():
+            group.learn(totals[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was learned in that pass, to be stored; empty before, and where nothing is."""
+        return {k: g.learned for k, g in self._surveyors.items() if g.learned is not None}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state_dict` gave. Raises ValueError where it does not fit."""
+        for name, group in self._surveyors.items():
+            if name in state:
+                group.restore(state[name].to(self.precision.device))
 
     def _ask_teacher(self, images: Tensor, labels: Tensor) -> list[Any]:
         """What each group keeps of the teacher's output."""

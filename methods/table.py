@@ -59,6 +59,31 @@ class Method:
     loss_de: float = _identity(
         0.0, "weight of the feature distillation (ILT)", parse=_weight, teacher=True
     )
+    pod: float = _identity(
+        0.0, "factor of local POD on five feature maps (PLOP)", parse=_weight, teacher=True
+    )
+    pod_logits: float = _identity(
+        0.0, "factor of local POD on the logits (PLOP)", parse=_weight, teacher=True
+    )
+    pseudo: bool = _identity(
+        False, "background takes the teacher's class where that is sure of it (PLOP)",
+        negatable=True, teacher=True,
+    )  # fmt: skip
+    pseudo_floor: float = _identity(
+        0.001, "least uncertainty of a class that --pseudo accepts", parse=_weight
+    )
+    lgkd_old: float = _identity(
+        0.0, "weight of label-guided distillation where no new class is labelled (LGKD)",
+        parse=_weight, teacher=True,
+    )  # fmt: skip
+    lgkd_new: float = _identity(
+        0.0, "weight of label-guided distillation on new classes (LGKD)", parse=_weight,
+        teacher=True,
+    )  # fmt: skip
+    ewf: bool = _identity(
+        False, "freeze the old classifiers; after the step blend its weights with those of the "
+        "step before (EWF)", negatable=True, teacher=True,
+    )  # fmt: skip
     init_balanced: bool = _identity(
         False, "classifier initialisation of MiB", negatable=True, teacher=True
     )
@@ -109,6 +134,8 @@ class Method:
         conflicts = (
             (self.unce and self.bce,
              "--unce is a softmax loss, --bce (or --icarl) is not: drop one"),
+            (self.pseudo and self.bce,
+             "--pseudo needs softmax cross-entropy: drop --bce (or --icarl)"),
             (self.unkd and not self.loss_kd,
              "--unkd needs a weight: add --loss_kd W with W > 0"),
             (self.icarl_disjoint and self.icarl_importance != 1 and self.name == NO_METHOD.name,
@@ -139,6 +166,11 @@ class Method:
 FLAGS = tuple(f.name for f in flags_of(Method))
 NO_METHOD = Method()  # the flags speak for themselves
 
+_PLOP: dict[str, Any] = {
+    "pod": 0.01, "pod_logits": 0.0005, "pseudo": True, "init_balanced": True,
+}  # fmt: skip
+_PLOP_CASES = (Case({"pod": 0.001, "pod_logits": 0.00001}, "ade"),)
+
 _ROWS = (
     Method("FT", "fine-tuning, the lower bound"),
     Method("LWF", "Li & Hoiem, Learning without Forgetting, ECCV 2016", loss_kd=100),
@@ -166,6 +198,33 @@ _ROWS = (
         "MIB", "Cermelli et al., Modeling the Background, CVPR 2020",
         unce=True, unkd=True, loss_kd=10, init_balanced=True,
         cases=(Case({"loss_kd": 100}, "voc", "15-5s"),),
+    ),
+    Method(
+        "PLOP", "Douillard et al., Learning without Forgetting for Continual Semantic "
+        "Segmentation, CVPR 2021", **_PLOP, cases=_PLOP_CASES,
+    ),
+    Method(
+        "MIB+EWF", "Xiao et al., Endpoints Weight Fusion, CVPR 2023, on MiB",
+        unce=True, unkd=True, loss_kd=10, init_balanced=True, ewf=True,
+        cases=(
+            Case({"loss_kd": 100}, "ade", "100-10"), Case({"loss_kd": 100}, "ade", "100-5"),
+        ),
+    ),
+    Method(
+        "PLOP+EWF", "Xiao et al., Endpoints Weight Fusion, CVPR 2023, on PLOP",
+        **_PLOP, ewf=True, cases=_PLOP_CASES,
+    ),
+    Method(
+        "PLOP+LGKD", "Yang et al., Label-guided Knowledge Distillation, ICCV 2023, on PLOP",
+        **_PLOP, lgkd_old=5, lgkd_new=1,
+        cases=(
+            *_PLOP_CASES,
+            Case({"lgkd_old": 1, "lgkd_new": 0}, "voc", "15-5s"),
+            Case({"lgkd_old": 5, "lgkd_new": 0.5}, "voc", "19-1"),
+            Case({"lgkd_old": 1, "lgkd_new": 1}, "ade", "100-10"),
+            Case({"lgkd_old": 1, "lgkd_new": 20}, "ade", "100-50"),
+            Case({"lgkd_old": 2, "lgkd_new": 10}, "ade", "50"),
+        ),
     ),
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _ROWS}

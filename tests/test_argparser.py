@@ -24,6 +24,15 @@ ROWS = {
     "PI": {"regularizer": "pi", "reg_importance": 500},
     "MIB": {"unce": True, "unkd": True, "loss_kd": 10, "init_balanced": True},
 }
+# What followed; the default task is 19-1.
+MIB = ROWS["MIB"]
+PLOP = {"pod": 0.01, "pod_logits": 0.0005, "pseudo": True, "init_balanced": True}
+ROWS |= {
+    "PLOP": PLOP,
+    "MIB+EWF": {**MIB, "ewf": True},
+    "PLOP+EWF": {**PLOP, "ewf": True},
+    "PLOP+LGKD": {**PLOP, "lgkd_old": 5, "lgkd_new": 0.5},
+}
 
 
 def parse(argv: list[str]):

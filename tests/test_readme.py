@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from benchmarks import ceilings, data, eval, loss, norm, startup, step
 from dataset import check, splits
 from methods.table import METHODS, Method
 from tests.conftest import ROOT
-from utils.flags import Switch
+from utils.flags import Switch, flags_of
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -119,25 +120,46 @@ def flag_row(action: argparse.Action) -> str:
 
 
 def methods_table() -> str:
-    """The methods as README shows them: what each sets, and the paper."""
-    lines = ["| `--method` | sets | paper |", "|---|---|---|"]
-    for name, method in METHODS.items():
-        ordinary = Method().flags()
-        row = {flag: value for flag, value in method.flags().items() if value != ordinary[flag]}
-        sets = ", ".join(f"`{k}`" if v is True else f"`{k}` {v}" for k, v in row.items())
-        for case in method.cases:
-            where = " ".join(filter(None, (case.dataset, case.task)))
-            sets += f"; {where}: " + ", ".join(f"`{k}` {v}" for k, v in case.values.items())
-        lines.append(f"| {name} | {sets} | {method.paper} |")
+    """The rows of METHODS as README and docs/methods.md show them."""
+    lines = ["| method | paper | flags | otherwise |", "|---|---|---|---|"]
+    for method in METHODS.values():
+        values = {
+            entry.name: value
+            for entry in flags_of(Method)
+            if (value := getattr(method, entry.name)) != entry.default
+        }
+        cases = [
+            f"{case.dataset}{f' {case.task}' if case.task else ''}: {spelled(case.values)}"
+            for case in method.cases
+        ]
+        cells = (method.name, method.paper, spelled(values), "; ".join(cases))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-TABLES = {"| flag |": flags_table, "| `--method` |": methods_table}  # first cell -> the table
+def spelled(values: Mapping[str, object]) -> str:
+    """Flags as they would be typed."""
+    flags = (f"--{k}" + ("" if v is True else f" {v}") for k, v in values.items())
+    return " ".join(f"`{flag}`" for flag in flags)
 
 
-@pytest.mark.parametrize("make", TABLES.values())
-def test_tables_are_those_of_the_program(make):
-    assert make() in (ROOT / "README.md").read_text()
+# Page, first cells of the table, the table.
+TABLES = [
+    ("README.md", "| flag |", flags_table),
+    ("README.md", "| method | paper |", methods_table),
+    ("docs/methods.md", "| method | paper |", methods_table),
+]
+
+
+@pytest.mark.parametrize(("page", "cells", "make"), TABLES)
+def test_tables_are_those_of_the_program(page: str, cells: str, make):
+    assert make() + "\n\n" in (ROOT / page).read_text()
+
+
+def test_sections_of_the_methods_are_of_methods_that_exist():
+    titles = re.findall(r"^## (.*)", (ROOT / "docs" / "methods.md").read_text(), re.M)
+    named = {name for title in titles for name in title.split(", ") if name.isupper()}
+    assert {"FT", "MIB", "PLOP"} <= named <= set(METHODS)
 
 
 def test_paths_that_readme_names_exist():
@@ -148,10 +170,9 @@ def test_paths_that_readme_names_exist():
     assert {n for n in named if not Path(ROOT, n).exists()} == set()
 
 
-if __name__ == "__main__":  # python -m tests.test_readme: bring README's tables up to date
-    page = ROOT / "README.md"
-    text = page.read_text()
-    for start, make in TABLES.items():
-        table = re.compile(rf"(?<=\n\n){re.escape(start)}.*?(?=\n\n)", re.S)
-        text = table.sub(lambda _, make=make: make(), text)  # type: ignore[misc]
-    page.write_text(text)
+if __name__ == "__main__":  # python -m tests.test_readme: bring the generated tables up to date
+    for name, cells, make in TABLES:
+        file = ROOT / name
+        table = re.compile(rf"(?<=\n\n){re.escape(cells)}.*?(?=\n\n)", re.S)
+        made = make()
+        file.write_text(table.sub(lambda _, made=made: made, file.read_text()))  # type: ignore[misc]

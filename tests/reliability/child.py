@@ -30,6 +30,7 @@ import dataset.incremental
 import engine.fit
 import engine.outcome
 import engine.session
+import methods.objective
 import run
 import segmentation_module
 import train
@@ -58,8 +59,10 @@ class SmallBody(nn.Module):
         self.block = ResidualBlock(8, (16, 16), norm, 4, 1)
 
     def forward(self, x: Tensor, maps: tuple[str, ...] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        x = self.block(self.stem(x))
-        return x, {"mod5": x} if "mod5" in maps else {}
+        early = self.stem(x)
+        x = self.block(early)
+        outputs = {"mod2": early, "mod3": early, "mod4": x, "mod5": x}
+        return x, {name: outputs[name] for name in maps if name in outputs}
 
 
 class SmallHead(DeeplabV3):
@@ -142,6 +145,11 @@ def arm(fault: Fault) -> None:
     place = fault["at"]
     if place == "data":
         engine.session.build_data = before(engine.session.build_data, fault)
+    elif place == "survey":
+        objective = methods.objective.Objective
+        objective.survey = before(objective.survey, fault)  # type: ignore[method-assign]
+    elif place == "save":
+        engine.fit.save_progress = before(engine.fit.save_progress, fault)
     elif place == "iteration":
         train.Learner.step = before(train.Learner.step, fault)  # type: ignore[method-assign]
     elif place == "evaluation":

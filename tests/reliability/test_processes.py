@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.reliability import child
-from tests.reliability.harness import go, rows
+from tests.reliability.harness import difference, go, read, rows
 
 
 def test_evaluation_with_one_two_and_three_processes(fresh, toy):
@@ -30,19 +30,30 @@ def test_evaluation_with_one_two_and_three_processes(fresh, toy):
         }
 
 
-@pytest.mark.parametrize("step", [["--step", 0], ["--step", 1, "--method", "MIB"]], ids=str)
+@pytest.mark.parametrize(
+    "step",
+    [
+        ["--step", 0],
+        ["--step", 1, "--method", "MIB"],
+        ["--step", 1, "--method", "PLOP+EWF", "--crop_size", 64],
+    ],
+    ids=str,
+)
 def test_training_with_one_and_two_processes(fresh, toy, step):
     """In float64, where the order of summation leaves the first digits alone."""
-    seen = {}
+    seen, learned = {}, {}
     for world in (1, 2):
         folder = fresh(f"world-{world}")
         done = go(folder, "--data_root", toy, *step, "--batch_size", 2 // world, "--epochs", 2,
                   "--num_workers", 0, world=world, entry=child.main_in_float64)  # fmt: skip
         assert done.status == [0] * world, done.output
         seen[world] = [torch.load(folder / f"seen-{rank}.pt") for rank in range(world)]
+        learned[world] = read(folder, step[1])["objective_state"]
     (alone, images), (first, left), (second, right) = seen[1][0], *seen[2]
     assert len(alone) >= 10
     assert first == second
     assert alone[:10] == pytest.approx(first[:10], abs=1e-9, rel=0)
     assert images[0::2] == left
     assert images[1::2] == right
+    assert not difference(learned[1], learned[2])
+    assert set(learned[1]) == ({"pseudo_thresholds"} if "PLOP+EWF" in step else set())

@@ -28,6 +28,8 @@ METHODS = {
     "RW": ["--method", "RW", "--reg_iterations", 2, "--reg_importance", 0.1],
     "EWC": ["--method", "EWC", "--reg_importance", 1e-3],
     "PI": ["--method", "PI", "--reg_importance", 1e-3],
+    # Local POD cuts the smallest map into 4 x 4 squares; EWF adds the blend after the last epoch.
+    "PLOP+EWF": ["--method", "PLOP+EWF", "--crop_size", 64],
 }
 
 
@@ -46,6 +48,20 @@ KILLS = [
     kill("rename", 1),  # the second checkpoint just took its place
     kill("evaluation", 6),  # in the final test
     kill("results", 2, bytes=10),  # one result file is there, the other half written
+]
+
+
+# More of them where there is a pass before the first epoch and a blend after the last. An epoch
+# has 7 iterations; the checkpoint after the pass is the first.
+LATER_KILLS = [
+    kill("survey", 4),  # in the pass
+    kill("save", 1),  # after the pass, before its checkpoint
+    kill("iteration", 3),
+    kill("evaluation", 2),
+    kill("save", 3),  # between the blend and the final checkpoint
+    kill("checkpoint", 1, bytes=20_000),  # in the middle of that one
+    kill("rename", 1),  # it just took its place
+    kill("evaluation", 2),  # in the final test
 ]
 
 
@@ -74,21 +90,21 @@ def points(folder: Path) -> Counter[tuple[str, int]]:
     return Counter((tag, point.step) for tag in tags for point in logs.Scalars(tag))
 
 
+USUAL = (("MIB", 1), ("RW", 2), ("PLOP+EWF", 1))
+
+
 @pytest.mark.parametrize(
     ("method", "world"),
-    [
-        ("MIB", 1), ("RW", 2),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in product(METHODS, (1, 2))
-          if case not in (("MIB", 1), ("RW", 2))),
-    ],
+    [*USUAL, *(pytest.param(*case, marks=pytest.mark.long) for case in product(METHODS, (1, 2))
+               if case not in USUAL)],
 )  # fmt: skip
 def test_killed_everywhere(fresh, toy, method, world):
     """Each life of the run ends with SIGKILL somewhere else; worker counts differ, too."""
     reference, folder = fresh("reference"), fresh("killed")
     assert learn(reference, toy, method, world).wait().status == [0] * world
-    for life, fault in enumerate(KILLS):
+    for life, fault in enumerate(LATER_KILLS if method == "PLOP+EWF" else KILLS):
         # With several processes now one, now the other is hit; writes happen in the first.
-        writes = fault["at"] in ("checkpoint", "rename", "results")
+        writes = fault["at"] in ("save", "checkpoint", "rename", "results")
         fault = fault if writes or world == 1 else {**fault, "rank": life % world}
         workers = {3: 1, 6: 2}.get(life, 0)
         running = learn(folder, toy, method, world, "--continue_ckpt", "--num_workers", workers,
