@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -48,14 +49,18 @@ class Learner:
         scaler.scale(total).backward()
         if self.regularizer is not None:
             scaler.unscale_(self.optimizer)
-            # Only a loss scaler makes gradients overflow as a matter of course; looking waits.
-            if not scaler.is_enabled() or self.regularizer.gradients_finite():
-                self.regularizer.update()
+            # Only a loss scaler makes gradients overflow as a matter of course.
+            self.regularizer.update(self._overflow() if scaler.is_enabled() else None)
             terms = terms | self.regularizer.add_penalty_gradient()
         scaler.step(self.optimizer)
         scaler.update()
         self.scheduler.step()
         return terms
+
+    def _overflow(self) -> Tensor:
+        """Whether `unscale_` found a gradient that is not finite, as 0 or 1 on the device."""
+        (found,) = self.precision.scaler._found_inf_per_device(self.optimizer).values()
+        return cast(Tensor, found)
 
 
 class TermLog:
@@ -147,9 +152,7 @@ def train_epoch(
         log_point()
         raise
     log_point()
-    return {
-        name: float(np.average([m[name] for m in means], weights=counts)) for name in log.names
-    }
+    return {name: float(np.average([m[name] for m in means], weights=counts)) for name in log.names}
 
 
 # Normalised images B 3 H W, their logits, (H, W) -> the class of every pixel, B H W.

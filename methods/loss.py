@@ -55,7 +55,7 @@ class UnbiasedCrossEntropy:
         normalizer = torch.logaddexp(background, new.logsumexp(1))
         ignored = labels == IGNORE_INDEX
         is_new = (labels >= self.old_classes) & ~ignored
-        own = new.gather(1, (labels - self.old_classes).where(is_new, 0)[:, None])[:, 0]
+        own = _of_class(new, (labels - self.old_classes).where(is_new, 0))
         return (normalizer - own.where(is_new, background)).masked_fill(ignored, 0)
 
 
@@ -130,6 +130,15 @@ class IcarlDisjoint:
         targets = _one_hot(labels, logits)
         targets[:, first : old_logits.shape[1]] = old_logits[:, first:].sigmoid()
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
+
+
+def _of_class(logits: Tensor, index: Tensor) -> Tensor:
+    """The channel `index` B H W of each pixel: B C H W -> B H W."""
+    if not torch.compiler.is_compiling():
+        return logits.gather(1, index[:, None])[:, 0]
+    # The same values. It fuses with what is around it; the backward of `gather` adds atomically.
+    classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
+    return logits.where(classes == index[:, None], 0).sum(1)
 
 
 def _one_hot(labels: Tensor, like: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ are short, and what limits them is the memory they pass their results through.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -36,8 +37,13 @@ from utils.precision import at_least_float32
 
 Result = TypeVar("Result")
 
-# Logits in a piece: on a CPU few enough for its cache, elsewhere enough to outweigh the launches.
-CPU_PIECE, DEVICE_PIECE = 2**20, 2**24
+# Logits in a piece: on a CPU few enough for its cache, elsewhere enough to outweigh the launches:
+# a DEVICE_SHARE-th of all, if that is more than DEVICE_PIECE. Maps take some 5 x 4 bytes for each
+# logit of a piece at once, full-size logits take them for each logit of the batch.
+CPU_PIECE, DEVICE_PIECE, DEVICE_SHARE = 2**20, 2**24, 16
+# A size is compiled for an evaluation, which may see images of any, when it comes for the OFTEN-th
+# time, and for no more than MOST_SIZES of them.
+OFTEN, MOST_SIZES = 3, 3
 
 Operands: TypeAlias = tuple[Tensor, Tensor, Tensor]  # source (span C w), vertical, horizontal
 
@@ -113,13 +119,15 @@ class Upsampled:
         # B h C w, so that the source rows of a band lie together.
         self.maps = at_least_float32(maps.detach()).permute(0, 2, 1, 3).contiguous()
         self.size = size
-        height, width = self.maps.shape[1], self.maps.shape[3]
-        self.vertical = _interpolation(height, size[0], self.maps.dtype, self.maps.device)
+        width = self.maps.shape[3]
         self.horizontal = _interpolation(width, size[1], self.maps.dtype, self.maps.device).T
 
     def operands(self, piece: Piece) -> Operands:
         """What `interpolate` makes a piece from."""
-        vertical = self.vertical[piece.rows, piece.span]
+        height = self.maps.shape[1]
+        rows, span = range(self.size[0])[piece.rows], range(height)[piece.span]
+        part = (rows.start, rows.stop, span.start, span.stop)
+        vertical = _band_of(height, self.size[0], self.maps.dtype, self.maps.device, *part)
         return self.maps[piece.image, piece.span], vertical, self.horizontal
 
     def each_piece(
@@ -133,8 +141,10 @@ class Upsampled:
         """
         on_cpu = self.maps.device.type == "cpu"
         images, height, channels, _ = self.maps.shape
-        most = (piece_size or (CPU_PIECE if on_cpu else DEVICE_PIECE)) // (channels * self.size[1])
-        bands = _bands(height, self.size[0], max(1, most))
+        row = channels * self.size[1]
+        share = images * self.size[0] * row // DEVICE_SHARE
+        usual = CPU_PIECE if on_cpu else max(DEVICE_PIECE, share)
+        bands = _bands(height, self.size[0], max(1, (piece_size or usual) // row))
         pieces = [Piece(image, *band) for image in range(images) for band in bands]
         cores = torch.get_num_threads()
         if not (threads and on_cpu) or cores == 1:
@@ -168,17 +178,19 @@ def _evaluate(
     student = Upsampled(logits, size)
     teacher = None if old_logits is None else Upsampled(old_logits, size)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
-    # Evaluation sees images of any size.
-    compiled = compiled and with_gradient and not _compiled_sums.failed
-    sums = _compiled_sums if compiled else _sums
-    if weights is not None:
-        weights = weights.detach().to(student.maps.dtype)
+    function = _compiled_sums if with_gradient else _compiled_values
+    if compiled and not with_gradient:
+        compiled = _sizes.recurs(terms, (logits.shape[1:], labels.shape))
+    compiled = compiled and not function.failed
+    sums = function if compiled else _sums
+    if weights is not None:  # 16 bytes apart: compiled code copies what is not aligned
+        weights = weights.detach().to(student.maps.dtype)[:, None].repeat(1, 4)
 
     def work(piece: Piece) -> tuple[Tensor, Tensor | None]:
         old = teacher.operands(piece) if teacher else None
         y = labels[piece.image, piece.rows, None]
         # A tensor, not a number: a compiled piece is traced once for each number.
-        weight = None if weights is None else weights[piece.image]
+        weight = None if weights is None else weights[piece.image, 0]
         return sums(terms, student.operands(piece), old, y, with_gradient, weight)
 
     total = torch.zeros(len(terms), dtype=torch.float64, device=logits.device)
@@ -229,8 +241,27 @@ def _sums(
         return values, torch.autograd.grad(total, source)[0]
 
 
-# A shape is compiled once, at its first piece.
-_compiled_sums = CompiledOrPlain(_sums)
+# A shape is compiled once, at its first piece. An evaluation may meet more shapes than can be
+# compiled, which must not end the compiled path of training.
+_compiled_sums, _compiled_values = CompiledOrPlain(_sums), CompiledOrPlain(_sums)
+
+
+class _Sizes:
+    """The sizes that evaluations met."""
+
+    def __init__(self) -> None:
+        self.terms: object = None
+        self.met: Counter[object] = Counter()
+
+    def recurs(self, terms: tuple[WeightedTerm, ...], size: object) -> bool:
+        """Take note of a batch; says whether its size came often enough to be compiled."""
+        if terms != self.terms:  # another step
+            self.terms, self.met = terms, Counter()
+        self.met[size] += 1
+        return size in [known for known, times in self.met.items() if times >= OFTEN][:MOST_SIZES]
+
+
+_sizes = _Sizes()
 
 
 class _WithGradient(torch.autograd.Function):
@@ -257,6 +288,20 @@ def _interpolation(size_in: int, size_out: int, dtype: torch.dtype, device: torc
         unit = torch.eye(size_in, dtype=torch.float64, device=device)
         rows = F.interpolate(unit[None], size=size_out, mode="linear", align_corners=False)
         return rows[0].T.to(dtype)
+
+
+@lru_cache(maxsize=1024)
+def _band_of(
+    size_in: int, size_out: int, dtype: torch.dtype, device: torch.device,
+    first: int, end: int, low: int, high: int,
+) -> Tensor:  # fmt: skip
+    """Rows first to end and columns low to high of `_interpolation`, in a tensor of their own.
+
+    That is aligned, so compiled code takes it as it is.
+    """
+    with torch.inference_mode(False):
+        matrix = _interpolation(size_in, size_out, dtype, device)
+        return matrix[first:end, low:high].contiguous()
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ Two kinds of state leave a step: `export` is what the next step starts from (imp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,9 +65,7 @@ class Regularizer(ABC):
                 if key not in stored or stored[key].shape != old.shape:
                     raise UserError(f"the stored {name!r} importances lack or do not fit {key}")
         device = next(iter(self.parameters.values())).device
-        return {
-            name: {k: v.to(device) for k, v in earlier[name].items()} for name in self.exported
-        }
+        return {name: {k: v.to(device) for k, v in earlier[name].items()} for name in self.exported}
 
     def _importance(self, normalize: bool) -> TensorDict:
         """Sum over the stored tensors, each normalised, for the parameters the teacher has."""
@@ -87,33 +85,52 @@ class Regularizer(ABC):
         """Sum of importance * (theta - theta_old)^2 over all elements; None at step 0."""
         if not self.importance:
             return None
-        terms = [
-            (weight * (self.parameters[k] - self.reference[k]) ** 2).sum()
-            for k, weight in self.importance.items()
-        ]
-        return torch.stack(terms).sum()
+        moved = self._moved(self.importance)
+        weighted = torch._foreach_mul(moved, list(self.importance.values()))
+        return self._total(weighted, moved)
 
+    @torch.no_grad()
     def add_penalty_gradient(self, weight: float) -> Tensor | None:
-        """Add weight * d penalty / d theta to the gradients; returns weight * penalty, detached.
+        """Add weight * d penalty / d theta to the gradients; returns weight * penalty.
 
-        Not through `backward`, whose hooks would average over the ranks once more.
+        The gradient is 2 * weight * importance * (theta - theta_old). Not through `backward`,
+        whose hooks would average over the ranks once more.
         """
-        penalty = self.penalty()
-        if penalty is None:
+        if not self.importance:
             return None
-        used = [p for k in self.importance if (p := self.parameters[k]).requires_grad]
-        gradients = torch.autograd.grad(weight * penalty, used)
-        for parameter, gradient in zip(used, gradients, strict=True):
-            if parameter.grad is None:
+        moved = self._moved(self.importance)
+        weighted = torch._foreach_mul(moved, list(self.importance.values()))
+        value = weight * self._total(weighted, moved)
+        torch._foreach_mul_(weighted, 2 * weight)
+        gradients, added = [], []
+        for k, gradient in zip(self.importance, weighted, strict=True):
+            parameter = self.parameters[k]
+            if parameter.grad is not None:
+                gradients.append(parameter.grad)
+                added.append(gradient)
+            elif parameter.requires_grad:
                 parameter.grad = gradient
-            else:
-                parameter.grad += gradient
-        return weight * penalty.detach()
+        if gradients:
+            torch._foreach_add_(gradients, added)
+        return value
 
-    def gradients_finite(self) -> bool:
-        """Whether `update` may be called: an iteration that overflowed is left out of it."""
-        sums = [p.grad.sum() for p in self.parameters.values() if p.grad is not None]
-        return bool(torch.stack(sums).isfinite().all())
+    def _moved(self, names: Iterable[str]) -> list[Tensor]:
+        """theta - theta_old by name."""
+        now, old = [self.parameters[k] for k in names], [self.reference[k] for k in names]
+        return list(torch._foreach_sub(now, old))
+
+    @staticmethod
+    def _total(weighted: Sequence[Tensor], moved: Sequence[Tensor]) -> Tensor:
+        """Sum of the products, over all elements of all tensors."""
+        products = torch._foreach_mul(weighted, moved)
+        # Importances are no less than 0, and so are the products: a norm is a sum that has a kernel
+        # for lists.
+        return torch.stack(torch._foreach_norm(products, 1)).sum()
+
+    def state(self) -> dict[tuple[str, ...], list[Tensor]]:
+        """The tensors that `update` changes, and of which parameters they are."""
+        lists = {name: getattr(self, name) for name in self.tensors if name != "start"}
+        return {(name, *tensors): list(tensors.values()) for name, tensors in lists.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Running state for a resume within the step."""
@@ -125,21 +142,40 @@ class Regularizer(ABC):
             own, stored = getattr(self, name), state.get(name)
             # Snapshots begin with the first update; the others have every parameter.
             whole = name == "snapshot" or set(own) == set(stored or ())
-            if not isinstance(stored, Mapping) or not whole or not all(
-                k in self.parameters and v.shape == self.parameters[k].shape
-                for k, v in stored.items()
+            if (
+                not isinstance(stored, Mapping)
+                or not whole
+                or not all(
+                    k in self.parameters and v.shape == self.parameters[k].shape
+                    for k, v in stored.items()
+                )
             ):
                 raise UserError(f"the checkpoint's regularizer state does not fit: {name!r}")
             own.clear()
             own.update({k: v.to(self.parameters[k].device) for k, v in stored.items()})
 
-    def _gradients(self) -> list[tuple[str, Tensor, Tensor]]:
-        """(name, theta, g) of every watched parameter that has a gradient."""
-        return [
-            (k, p.detach(), p.grad.detach())
-            for k, p in self.parameters.items()
-            if p.grad is not None
-        ]
+    def _gradients(self) -> tuple[list[str], list[Tensor], list[Tensor]]:
+        """Names, theta and g of the watched parameters that have a gradient."""
+        seen = [(k, p.detach(), p.grad) for k, p in self.parameters.items() if p.grad is not None]
+        return [k for k, _, _ in seen], [p for _, p, _ in seen], [g for _, _, g in seen]
+
+    def _since_snapshot(self, snapshot: TensorDict) -> tuple[list[str], list[Tensor], list[Tensor]]:
+        """Names, theta_prev - theta and g of the parameters that the snapshot has."""
+        seen = [(k, p, g) for k, p, g in zip(*self._gradients(), strict=True) if k in snapshot]
+        names, gradients = [k for k, _, _ in seen], [g for _, _, g in seen]
+        if not names:
+            return [], [], []
+        moved = torch._foreach_sub([snapshot[k] for k in names], [p for _, p, _ in seen])
+        return names, list(moved), gradients
+
+    def _take_snapshot(self, snapshot: TensorDict) -> None:
+        """Put theta into it, of the parameters that have a gradient."""
+        names, now, _ = self._gradients()
+        snapshot |= {
+            k: torch.empty_like(p) for k, p in zip(names, now, strict=True) if k not in snapshot
+        }
+        if names:
+            torch._foreach_copy_([snapshot[k] for k in names], now)
 
 
 class _FisherRegularizer(Regularizer):
@@ -158,8 +194,11 @@ class _FisherRegularizer(Regularizer):
         }
 
     def update_fisher(self) -> None:
-        for k, _, g in self._gradients():
-            self.fisher[k].mul_(1 - self.alpha).addcmul_(g, g, value=self.alpha)
+        names, _, gradients = self._gradients()
+        if names:
+            fisher = [self.fisher[k] for k in names]
+            torch._foreach_mul_(fisher, 1 - self.alpha)
+            torch._foreach_addcmul_(fisher, gradients, gradients, value=self.alpha)
 
 
 class EWC(_FisherRegularizer):
@@ -194,10 +233,10 @@ class PI(Regularizer):
         }
 
     def update(self) -> None:
-        for k, theta, g in self._gradients():
-            if k in self.snapshot:
-                self.delta[k] += g * (self.snapshot[k] - theta)
-            self.snapshot[k] = theta.clone()
+        names, moved, gradients = self._since_snapshot(self.snapshot)
+        if names:
+            torch._foreach_addcmul_([self.delta[k] for k in names], gradients, moved)
+        self._take_snapshot(self.snapshot)
 
     def export(self) -> dict[str, TensorDict]:
         score, earlier = {}, self.earlier.get("score", {})
@@ -229,12 +268,16 @@ class RW(_FisherRegularizer):
 
     def update(self) -> None:
         if self.calls % self.interval == 0:
-            for k, theta, g in self._gradients():
-                if k in self.snapshot:
-                    moved = self.snapshot[k] - theta
-                    distance = 0.5 * self.fisher[k] * moved**2 + 1e-8
-                    self.running_score[k] += g * moved / distance
-                self.snapshot[k] = theta.clone()
+            names, moved, gradients = self._since_snapshot(self.snapshot)
+            if names:
+                distance = torch._foreach_mul(moved, moved)
+                torch._foreach_mul_(distance, [self.fisher[k] for k in names])
+                torch._foreach_mul_(distance, 0.5)
+                torch._foreach_add_(distance, 1e-8)
+                torch._foreach_mul_(moved, gradients)
+                torch._foreach_div_(moved, distance)
+                torch._foreach_add_([self.running_score[k] for k in names], moved)
+            self._take_snapshot(self.snapshot)
         self.calls += 1
         self.update_fisher()
 
@@ -270,13 +313,17 @@ class Regularizers:
         self.parts = parts
         self.weight = weight
 
-    def update(self) -> None:
-        """Take in one iteration's gradients."""
-        for part in self.parts.values():
-            part.update()
+    def update(self, overflow: Tensor | None = None) -> None:
+        """Take in one iteration's gradients, unless `overflow` (a scalar on the device) is not 0.
 
-    def gradients_finite(self) -> bool:
-        return next(iter(self.parts.values())).gradients_finite()
+        What a loss scaler found is not read by the host: the state is put back on the device. Only
+        the intervals of RW count an iteration that overflowed.
+        """
+        for part in self.parts.values():
+            before = {} if overflow is None else {k: _flat(v) for k, v in part.state().items()}
+            part.update()
+            if overflow is not None:
+                _keep_where(overflow > 0, before, part.state())
 
     def add_penalty_gradient(self) -> dict[str, Tensor]:
         """Add the weighted penalty's gradient; returns its term, {} where there is no penalty."""
@@ -326,3 +373,27 @@ def make_regularizers(
 def _to_unit_range(t: Tensor) -> Tensor:
     low, high = t.min(), t.max()
     return (t - low) / (high - low + 1e-8)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All values one after the other, in the order in which they lie in memory; a copy."""
+    return torch.cat([t.as_strided((t.numel(),), (1,)) for t in tensors or [torch.empty(0)]])
+
+
+def _keep_where(
+    kept: Tensor,
+    before: Mapping[tuple[str, ...], Tensor],
+    now: Mapping[tuple[str, ...], list[Tensor]],
+) -> None:
+    """Give the tensors `now` their values of `before` where the scalar `kept` is true.
+
+    Tensors that were not there before stay: the first snapshot is right in any case.
+    """
+    for key, old in before.items():
+        if key in now and len(key) > 1:
+            chosen = torch.where(kept, old, _flat(now[key]))
+            parts = chosen.split([t.numel() for t in now[key]])
+            torch._foreach_copy_(
+                now[key],
+                [x.as_strided(t.shape, t.stride()) for x, t in zip(parts, now[key], strict=True)],
+            )

@@ -102,12 +102,26 @@ def test_an_error_of_a_term_stays_what_it_is():
         in_pieces({"x": WeightedTerm(broken, 1.0)}, *batch((4, 4), (8, 8)), compiled=True)
 
 
-def test_evaluation_is_never_compiled(monkeypatch):
-    monkeypatch.setattr(pieces, "_compiled_sums", None)  # whatever it is, it is not called
-    logits, old_logits, labels = batch((4, 4), (8, 8))
-    with torch.no_grad():
-        total, _ = pieces.pixel_losses(terms_of("MIB"), logits, old_logits, labels, compiled=True)
-    assert torch.isclose(total, plain(terms_of("MIB"), logits, old_logits, labels)[0].float())
+@needs_compiler
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_evaluation_is_compiled_for_sizes_that_recur(mode, monkeypatch):
+    monkeypatch.setattr(pieces, "_compiled_values", CompiledOrPlain(pieces._sums))
+    monkeypatch.setattr(pieces, "_sizes", pieces._Sizes())
+    calls = []
+    compiled = pieces._compiled_values
+    monkeypatch.setattr(
+        type(compiled), "__call__",
+        lambda self, *a: (calls.append(a[1][0].shape), torch.compile(self.function)(*a))[1],
+    )  # fmt: skip
+    terms = terms_of("MIB")
+    for size, often in [(16, 2), (8, 4), (12, 1)]:
+        logits, old_logits, labels = batch((4, 4), (size, size))
+        for _ in range(often):
+            with mode():
+                total, _ = pieces.pixel_losses(terms, logits, old_logits, labels, compiled=True)
+            expected = plain(terms, logits, old_logits, labels)[0].float()
+            torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
+    assert len(calls) == 2 * len(logits)  # the third and the fourth batch of 8 x 8
 
 
 class Tiny(nn.Module):

@@ -17,7 +17,7 @@ from benchmarks import loss as benchmark
 from methods import pieces
 from methods.groups import pixel_terms
 from methods.loss import WeightedTerm, cross_entropy
-from methods.pieces import _bands, pixel_losses, predict
+from methods.pieces import Upsampled, _bands, pixel_losses, predict
 from methods.table import METHODS, Method
 from utils.compiled import check_compiler
 from utils.constants import IGNORE_INDEX
@@ -263,6 +263,24 @@ def test_no_tensor_is_larger_than_a_piece():
         in_pieces(terms_of("everything"), *case, piece_size=2000)
         predict(case[0], (64, 64), piece_size=2000)
     assert largest.elements <= 2000
+
+
+@pytest.mark.parametrize(
+    ("images", "classes", "pieces_expected"),
+    [(24, 151, 24), (24, 21, 24), (4, 151, 16), (1, 21, 1)],
+)
+def test_a_device_takes_few_pieces_whose_matrices_are_aligned(images, classes, pieces_expected):
+    maps = torch.empty(images, classes, 32, 32, device="meta")
+    upsampled = Upsampled(maps, (512, 512))
+    found = [piece for piece, _ in upsampled.each_piece(lambda piece: None, None)]
+    assert len(found) == pieces_expected
+    largest = max(piece.rows.stop - piece.rows.start for piece in found) * 512 * classes
+    assert largest <= max(2**24, images * classes * 512 * 512 / 16)
+    for piece in found:
+        source, vertical, _ = upsampled.operands(piece)
+        assert (source.storage_offset() * 4) % 16 == 0
+        assert vertical.storage_offset() == 0
+        assert vertical.is_contiguous()
 
 
 def test_bands_cover_all_rows_in_equal_shapes():
