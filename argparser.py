@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from platform import python_version
 from typing import Any, NamedTuple
 
@@ -20,12 +19,14 @@ from dataset.catalog import DATASETS, OWN, get_spec
 from methods.table import FLAGS as METHOD_FLAGS
 from methods.table import METHODS, NO_METHOD, Method
 from modules.structures import NORMS, STRIDES_AND_DILATIONS, STRUCTURES
-from tasks import Task, check_step
+from tasks import Task, step_numbers
 from utils.errors import UserError
+from utils.files import is_file_name
 from utils.flags import Parser, add_flags, flag, flags_of, number, per_step, several
 from utils.version import VERSION
 
 SYNONYMS = {"--overlapped": "--overlap"}  # typed by the reference's README
+DEFAULT_SEED = 42
 PAPER_BATCH = 24  # images in one iteration, over all processes
 _positive = number(float, 0, open_low=True)
 
@@ -41,7 +42,7 @@ class Options:
 
     name: str = _free(
         "Experiment", "names the checkpoint, the logs and the result rows; with several methods a "
-        "prefix", group="run",
+        "prefix; not typed: the method's name and, if not 42, the seed", group="run",
     )  # fmt: skip
     dataset: str = flag("voc", "folder = docs/own_data.md", choices=(*DATASETS, OWN), group="run")
     data_root: str = _free(
@@ -79,7 +80,8 @@ class Options:
         False, "go on with an interrupted run of this step", group="run"
     )
     random_seed: int = flag(
-        42, "of weights and data", parse=number(int, 0, 2**63 - 1), resume="identity", group="run"
+        DEFAULT_SEED, "of weights and data", parse=number(int, 0, 2**63 - 1), resume="identity",
+        group="run",
     )
     num_workers: int = _free(1, "data processes per process", parse=number(int, 0), group="run")
     deterministic: bool = _free(False, "same bits every time on CUDA; slower", group="run")
@@ -93,8 +95,9 @@ class Options:
     )  # fmt: skip
     batch_size: int = _free(4, "images per process", parse=number(int, 1), group="optimisation")
     crop_size: int = flag(
-        512, "side of a training crop, pixels", parse=number(int, 32), group="optimisation"
-    )
+        512, "side of a training crop, pixels", parse=number(int, 32), score=True,
+        group="optimisation",
+    )  # fmt: skip
     lr: float = flag(
         0.007, "initial learning rate; 'a,b': a at step 0, b later",
         parse=per_step(_positive), group="optimisation",
@@ -117,7 +120,7 @@ class Options:
     )
     amp: str = flag(
         "auto", "mixed precision; auto: bf16 where the GPU has it, else fp16; off on CPU",
-        choices=("auto", "bf16", "fp16", "off"), group="optimisation",
+        choices=("auto", "bf16", "fp16", "off"), score=True, group="optimisation",
     )  # fmt: skip
     compile: bool = flag(
         False, "torch.compile student and teacher: minutes at the start, for long runs (the loss "
@@ -136,18 +139,18 @@ class Options:
     )  # fmt: skip
     pooling: int = flag(
         None, "pooling window of the head in eval (default crop_size / output_stride)",
-        parse=number(int, 1), group="model",
+        parse=number(int, 1), score=True, group="model",
     )  # fmt: skip
 
     crop_val: bool = flag(
-        True, "validate and test on centre crops", negatable=True, group="evaluation"
+        True, "validate and test on centre crops", negatable=True, score=True, group="evaluation"
     )
     tta: bool = _free(
         False, "test once more, averaged over three scales and mirrored images",
         group="evaluation",
     )  # fmt: skip
     val_on_trainset: bool = flag(
-        False, "validate and test on the whole train list", group="evaluation"
+        False, "validate and test on the whole train list", score=True, group="evaluation"
     )
     cross_val: bool = flag(
         False, "validate on a held-out fifth of the train list", group="evaluation"
@@ -174,9 +177,11 @@ class Options:
     wandb_project: str = _free("incremental-segmentation", "project there", group="logging")
     wandb_entity: str | None = _free(None, "team or user there", group="logging")
 
+    typed: frozenset[str] = frozenset()  # the flags that the user typed; no flag itself
+
     def record(self) -> dict[str, Any]:
         """Flag -> value, those of the method beside the others: what a checkpoint keeps."""
-        own = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        own = {entry.name: getattr(self, entry.name) for entry in flags_of(self)}
         name = None if self.method.name == NO_METHOD.name else self.method.name
         return {**own, "method": name, **self.method.flags()}
 
@@ -186,7 +191,7 @@ class Options:
         known = default_record() | dict(record)
         row = METHODS.get(str(known["method"]), NO_METHOD)
         method = Method(row.name, row.paper, **{name: known[name] for name in METHOD_FLAGS})
-        own = {entry.name: known[entry.name] for entry in fields(cls)}
+        own = {entry.name: known[entry.name] for entry in flags_of(cls)}
         return cls(**own | {"method": method})
 
 
@@ -257,15 +262,23 @@ class _Command(NamedTuple):
             method, more = self._method(method)
             notes += more
         method.check(step)
-        opts = Options(**values | {"method": method})
+        if "name" not in self.given and "name" not in changes:
+            values["name"] = self.run_name(method.name)
+        opts = Options(**values | {"method": method, "typed": frozenset(self.given)})
         _reject_conflicts(opts)
         if step == 0 and (idle := method.idle_at_step_0()):
             notes.append(f"step 0 has no teacher: {', '.join('--' + f for f in idle)} idle")
         return Plan(opts, notes)
 
+    def run_name(self, method: str) -> str:
+        """What a run is called whose name was not typed: its method, and a seed of its own."""
+        name = self.values["name"] if method == NO_METHOD.name else method
+        seed = self.given.get("random_seed", DEFAULT_SEED)
+        return name if seed == DEFAULT_SEED else f"{name}-seed{seed}"
+
     def _values(self, step: int) -> tuple[dict[str, Any], list[str]]:
         """The options of a step but for the method, what depends on others resolved."""
-        values = {entry.name: self.values[entry.name] for entry in fields(Options)}
+        values = {entry.name: self.values[entry.name] for entry in flags_of(Options)}
         notes: list[str] = []
         if values["recipe"]:
             notes = _follow_recipe(values, self.given)
@@ -304,7 +317,7 @@ def _one_method(command: _Command, names: Sequence[str]) -> Iterator[Plan]:
 
 def _several_methods(command: _Command, names: Sequence[str]) -> Iterator[Plan]:
     """Step 0 once for all methods that agree on it, then each later step of each method."""
-    prefix, given_base = command.values["name"], command.values["base"]
+    prefix, given_base = command.given.get("name"), command.values["base"]
     if command.values["step_ckpt"] or command.values["ckpt"]:
         raise UserError("--step_ckpt and --ckpt are of one run: name one --method beside them")
     methods = {name: command._method(name)[0] for name in names}
@@ -316,7 +329,8 @@ def _several_methods(command: _Command, names: Sequence[str]) -> Iterator[Plan]:
     for first, members in groups.items():
         base = None
         if len(members) > 1:
-            base = (given_base or f"{prefix}-base") + (f"-{shared}" if shared else "")
+            own = f"{prefix}-base" if prefix else command.run_name("base")
+            base = (given_base or own) + (f"-{shared}" if shared else "")
             shared += 1
             if 0 in command.steps:
                 yield command.plan(0, _collecting(first, methods, members), name=base, base=base)
@@ -324,28 +338,14 @@ def _several_methods(command: _Command, names: Sequence[str]) -> Iterator[Plan]:
     for name in names:
         for step in command.steps:
             if step > 0 or bases[name] is None:
-                yield command.plan(step, name, name=f"{prefix}-{name}", base=bases[name])
+                called = f"{prefix}-{name}" if prefix else command.run_name(name)
+                yield command.plan(step, name, name=called, base=bases[name])
 
 
 def _collecting(first: Method, methods: Mapping[str, Method], members: Sequence[str]) -> Method:
     """The shared step 0, with the regularisers of all whose importances it collects."""
     kinds = dict.fromkeys(kind for name in members if (kind := methods[name].regularizer))
     return replace(first, regularizer=",".join(kinds) or None)
-
-
-def step_numbers(text: str, task: Task) -> list[int]:
-    """`2`, `0-5`, `0,2` or `all` -> ascending step numbers. Raises UserError."""
-    if text.lower() == "all":
-        return list(range(task.num_steps))
-    steps: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise UserError(f"--step {text!r} names no steps: use 2, 0-5, 0,2 or all")
-        steps.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    for step in sorted(steps):
-        check_step(task, step)
-    return sorted(steps)
 
 
 def _follow_recipe(values: dict[str, Any], given: Mapping[str, Any]) -> list[str]:
@@ -389,15 +389,11 @@ def _reject_conflicts(opts: Options) -> None:
         (opts.momentum == 0, "--momentum 0 has no Nesterov form: give a value in (0, 1]"),
         (opts.wandb_entity and not opts.wandb, "--wandb_entity needs --wandb"),
         (opts.base is not None and opts.step_ckpt, "--base and --step_ckpt exclude each other"),
-        (opts.base is not None and not _is_file_name(opts.base),
-         f"--base {opts.base!r} cannot be a file name: drop the slashes"),
-        (not _is_file_name(opts.name),
-         f"--name {opts.name!r} cannot be a file name: drop the slashes"),
+        (opts.base is not None and not is_file_name(opts.base),
+         f"--base {opts.base!r} cannot be a file name: use at most 200 bytes, no slash"),
+        (not is_file_name(opts.name),
+         f"--name {opts.name!r} cannot be a file name: use at most 200 bytes, no slash"),
     )  # fmt: skip
     for wrong, message in conflicts:
         if wrong:
             raise UserError(message)
-
-
-def _is_file_name(name: str) -> bool:
-    return bool(name) and "/" not in name and "\0" not in name and name not in (".", "..")

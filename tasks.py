@@ -177,3 +177,18 @@ def check_step(task: Task, step: int) -> None:
             f"task {task.name} of {task.dataset} has no step {step}: "
             f"use --step 0 to {task.num_steps - 1}"
         )
+
+
+def step_numbers(text: str, task: Task) -> list[int]:
+    """`2`, `0-5`, `0,2` or `all` -> ascending step numbers. Raises UserError."""
+    if text.lower() == "all":
+        return list(range(task.num_steps))
+    steps: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise UserError(f"--step {text!r} names no steps: use 2, 0-5, 0,2 or all")
+        steps.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    for step in sorted(steps):
+        check_step(task, step)
+    return sorted(steps)

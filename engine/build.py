@@ -17,6 +17,7 @@ from dataset.incremental import IncrementalSegmentation, collate
 from dataset.sampler import EvalBatchSampler, TrainBatchSampler
 from engine.checkpoint import check_fits, load
 from engine.context import Context
+from engine.identity import check_teacher
 from engine.paths import WORKDIR, previous_checkpoint
 from engine.resume import Progress, batch_counts, restore, restore_learned
 from methods.objective import Objective, make_objective
@@ -151,6 +152,7 @@ def load_teacher(
     previous = load(path, cure)
     steps = context.task.steps[: opts.step]
     check_fits(previous, path, opts, steps, context.spec.class_names)
+    check_teacher(previous, path, opts)
     if not previous.get("finished", True) and not opts.step_ckpt:
         raise UserError(
             f"{path} is of an unfinished run: finish it with --continue_ckpt, or pass the file "
@@ -235,7 +237,9 @@ def build_training(
     max_iters = opts.epochs * batches.iterations_per_epoch
     learner = build_learner(context, student, teacher, previous, max_iters)
     counts = batch_counts(context, batches)
-    progress = Progress() if resumed is None else restore(resumed, learner, counts)
+    progress = Progress() if resumed is None else restore(
+        resumed, learner, counts, opts
+    )
     objective, validated = (
         make_objective(
             opts.method, model, teacher, context.classes_per_step, context.precision,

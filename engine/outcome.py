@@ -14,7 +14,7 @@ from dataset.build import StepDatasets
 from engine.build import evaluation_batches, new_model
 from engine.checkpoint import check_fits, load
 from engine.context import Context
-from engine.paths import base_checkpoint, own_checkpoint, result_key, setting
+from engine.paths import result_key, setting, tested_checkpoint
 from methods.averaging import predict_average, versions
 from methods.objective import Objective
 from metrics import Scores, StreamSegMetrics, score_rows, to_table
@@ -40,9 +40,7 @@ class Tested(NamedTuple):
 def load_tested(context: Context) -> Tested:
     """The model of `--ckpt`, or of this run's own checkpoint."""
     opts, task = context.opts, context.task
-    path = Path(opts.ckpt) if opts.ckpt else own_checkpoint(opts)
-    if opts.base and opts.step == 0 and not opts.ckpt:
-        path = base_checkpoint(opts, task)
+    path = tested_checkpoint(opts, task)
     cure = "train the step first, or name a checkpoint with --ckpt"
     content = load(path, cure)
     check_fits(content, path, opts, task.steps[: opts.step + 1], context.spec.class_names)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
-from typing import Any
 
 from argparser import Options
 from engine.checkpoint import load
 from tasks import Task
-from utils.errors import UserError
 from utils.results import ResultKey
 
 WORKDIR = Path(".")  # checkpoints, logs and split lists lie under the working directory
@@ -55,7 +54,8 @@ def base_checkpoint(opts: Options, task: Task) -> Path:
     own = checkpoint_path(opts, opts.base, 0)
     if own.exists():
         return own
-    for path in sorted(own.parent.parent.glob(f"{opts.dataset}-*/{own.name}")):
+    # --base and dataset are names, not patterns
+    for path in sorted(own.parent.parent.glob(f"{escape(opts.dataset)}-*/{escape(own.name)}")):
         if path.parent.name.endswith("-ov") == opts.overlap:
             content = load(path, "move it away")
             if content.get("steps") == [list(task.steps[0])] and content.get("finished"):
@@ -63,18 +63,8 @@ def base_checkpoint(opts: Options, task: Task) -> Path:
     return own
 
 
-def check_base(opts: Options, path: Path, content: dict[str, Any]) -> None:
-    """UserError where the shared step 0 read from `path` is not what this run would learn."""
-    theirs, ours = content.get("options", {}), opts.record()
-    for name in ("random_seed", "bce", "backbone"):
-        if name in theirs and theirs[name] != ours[name]:
-            raise UserError(
-                f"{path} was learned with --{name} {theirs[name]}, this run has {ours[name]}: "
-                "give --base another name"
-            )
-    wanted = set((opts.method.regularizer or "").split(",")) - {""}
-    if lacking := sorted(wanted - (content.get("regularizer") or {}).keys()):
-        raise UserError(
-            f"{path} collected no importances for {', '.join(lacking)}: give --base another name, "
-            "or learn it again with --restart"
-        )
+def tested_checkpoint(opts: Options, task: Task) -> Path:
+    """What `--test` reads: `--ckpt`, the shared step 0, or this run's own checkpoint."""
+    if opts.ckpt:
+        return Path(opts.ckpt)
+    return base_checkpoint(opts, task) if opts.base and opts.step == 0 else own_checkpoint(opts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,19 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from argparser import Options
-from dataset.catalog import get_spec
 from dataset.sampler import TrainBatchSampler
 from engine.checkpoint import check_complete, check_fits, check_flags, load
 from engine.context import Context
-from engine.paths import base_checkpoint, check_base, own_checkpoint, result_key, setting
+from engine.paths import own_checkpoint
 from methods.objective import Objective
 from segmentation_module import load_state
 from train import Learner
 from utils import checkpoint, distributed
 from utils.errors import UserError
-from utils.results import read_results, result_files
 from utils.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -36,33 +35,6 @@ class Progress:
     epoch: int = 0  # epochs done, validation included
     iteration: int = 0  # iterations done in the epoch after them
     best_score: float = -1.0  # highest mean IoU of a validation
-
-
-def is_finished_for_all(opts: Options) -> bool:
-    """`is_finished` as rank 0 finds it: on unshared disks the others might see something else."""
-    with distributed.main_first():
-        finished = distributed.is_main() and is_finished(opts)
-    return distributed.any_process(finished)
-
-
-def is_finished(opts: Options) -> bool:
-    """Whether a step of a longer plan was learned and tested before, and need not be again."""
-    if opts.restart or opts.test:
-        return False
-    if opts.base and opts.step == 0:
-        path = base_checkpoint(opts, get_spec(opts.dataset, opts.data_root).task(opts.task))
-        if not path.exists():
-            return False
-        content = load(path, "move it away")
-        check_base(opts, path, content)
-        return content.get("finished", True)
-    _, means = result_files(Path(opts.logdir), setting(opts))
-    rows = read_results(means) if means.exists() else []
-    key = asdict(result_key(opts))
-    own = own_checkpoint(opts)
-    if not own.exists() or not any(key.items() <= row.items() for row in rows):
-        return False
-    return load(own, "move it away").get("finished", True)
 
 
 def load_resumed(context: Context) -> dict[str, Any] | None:
@@ -89,6 +61,11 @@ def load_resumed(context: Context) -> dict[str, Any] | None:
             f"{path} holds weights that --ewf has blended, nothing to train on: give the --epochs "
             "it was written with, or start the step over without --continue_ckpt"
         )
+    if not content["finished"] and content["epoch"] >= opts.epochs:
+        raise UserError(
+            f"{path} is past --epochs {opts.epochs}: {content['epoch']} epochs and "
+            f"{content['iteration']} iterations are done; nothing was changed, give more --epochs"
+        )
     log.info("going on from %s, epoch %d, iteration %d", path,
              content["epoch"] + 1, content["iteration"])  # fmt: skip
     return content
@@ -102,7 +79,38 @@ def batch_counts(context: Context, batches: TrainBatchSampler) -> dict[str, int]
     }
 
 
-def restore(content: dict[str, Any], learner: Learner, counts: dict[str, int]) -> Progress:
+# What the rate of an iteration is computed from.
+_RATE = ("lr", "lr_policy", "lr_power", "lr_decay_step", "lr_decay_factor", "epochs")
+
+
+def follow_flags(learner: Learner, theirs: Mapping[str, Any], opts: Options) -> None:
+    """Let flags of the optimizer and the schedule that are new on going on take effect at once.
+
+    Those that are as before leave what was loaded as it is, to the last bit.
+    """
+    ours = opts.record()
+    changed = {name for name in ours if name in theirs and ours[name] != theirs[name]}
+    groups, scheduler = learner.optimizer.param_groups, learner.scheduler
+    for group in groups:
+        group |= {name: ours[name] for name in ("momentum", "weight_decay") if name in changed}
+    if not changed.intersection(_RATE):
+        return
+    done = scheduler.last_epoch
+    factor = (
+        scheduler.lr_lambdas[0](done) if isinstance(scheduler, LambdaLR)
+        else opts.lr_decay_factor ** (done // opts.lr_decay_step)
+    )  # fmt: skip
+    scheduler.base_lrs = [opts.lr] * len(groups)
+    if isinstance(scheduler, StepLR):  # its settings came with the state
+        scheduler.step_size, scheduler.gamma = opts.lr_decay_step, opts.lr_decay_factor
+    for group in groups:
+        group |= {"initial_lr": opts.lr, "lr": opts.lr * factor}
+    scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def restore(
+    content: dict[str, Any], learner: Learner, counts: dict[str, int], opts: Options
+) -> Progress:
     """Put a running step's checkpoint back; returns how far it had come.
 
     `counts` are the `batch_counts` of this run. Raises UserError where anything does not fit.
@@ -118,6 +126,7 @@ def restore(content: dict[str, Any], learner: Learner, counts: dict[str, int]) -
     with _of_these_flags():
         checkpoint.load_optimizer(learner.optimizer, content["optimizer_state"])
         learner.scheduler.load_state_dict(content["scheduler_state"])
+        follow_flags(learner, content["options"], opts)
         learner.precision.scaler.load_state_dict(content["scaler_state"])
         if learner.regularizer is not None:
             learner.regularizer.load_state_dict(content["regularizer_state"])

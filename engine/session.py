@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,16 +18,18 @@ from engine.build import build_data, build_training, start_workers
 from engine.comparison import as_text, collect
 from engine.context import Context
 from engine.fit import fit
+from engine.identity import CONCLUDED, DONE, as_trained, state, state_for_all, stored_result
 from engine.logs import open_logger
 from engine.outcome import Tested, load_tested, test
-from engine.paths import own_checkpoint, setting
-from engine.resume import is_finished_for_all, load_resumed
+from engine.paths import log_folder, own_checkpoint, setting
+from engine.resume import load_resumed
 from utils import distributed, workers
 from utils.compiled import check_compiler, reset_compiler
 from utils.errors import UserError
+from utils.files import check_writable
 from utils.lock import run_lock
 from utils.logger import setup_console
-from utils.results import result_files
+from utils.results import read_results, result_files
 from utils.signals import INTERRUPTED, Interrupted, asked_to_stop, stop_requests
 
 log = logging.getLogger(__name__)
@@ -66,18 +69,40 @@ def learn_all(plans: Sequence[Plan]) -> None:
     device = distributed.init(plans[0].opts.local_rank)
     torch.set_float32_matmul_precision("highest")  # some containers ask for TF32
     setup_console(distributed.rank(), plans[0].opts.debug)
+    with distributed.main_first():
+        for plan in plans if distributed.is_main() else ():
+            check_end(plan.opts)
+            state(plan.opts)
     for plan in plans:
-        opts = plan.opts
-        if len(plans) > 1 and is_finished_for_all(opts):
-            log.info("step %d of %s is finished: skipped (--restart learns it again)",
-                     opts.step, opts.name)  # fmt: skip
+        if is_done(plan.opts, alone=len(plans) == 1):
             continue
         asked = run_plan(plan, device)
         if asked and plan is not plans[-1]:
-            raise Interrupted(f"after step {opts.step}")
+            raise Interrupted(f"after step {plan.opts.step}")
         free_memory(device)  # nothing of a step stays on the device when the next is built
     if len({plan.opts.method.name for plan in plans}) > 1 and distributed.is_main():
         print_comparison([plan.opts for plan in plans])
+
+
+def is_done(opts: Options, alone: bool) -> bool:
+    """Whether a step was learned and tested before; then its stored result is shown."""
+    if state_for_all(opts) != DONE:
+        return False
+    log.info("step %d of %s is finished: skipped (--restart learns it again)", opts.step, opts.name)
+    if alone and distributed.is_main():
+        print(stored_result(opts), flush=True)
+    return True
+
+
+def check_end(opts: Options) -> None:
+    """UserError where what is written at the end of a step could not be."""
+    results = result_files(Path(opts.logdir), setting(opts))
+    for path in results:
+        if path.exists():
+            read_results(path)
+    folders = [results[0].parent, log_folder(opts)]
+    for folder in folders if opts.test else [*folders, own_checkpoint(opts).parent]:
+        check_writable(folder)
 
 
 def run_plan(plan: Plan, device: torch.device) -> bool:
@@ -85,7 +110,7 @@ def run_plan(plan: Plan, device: torch.device) -> bool:
 
     Raises Interrupted if asked to stop; says whether that came when there was nothing left to stop.
     """
-    opts = plan.opts
+    opts = as_trained(plan.opts) if plan.opts.test else plan.opts
     for note in plan.notes:
         log.info(note)
     with ExitStack() as stack:
@@ -95,6 +120,13 @@ def run_plan(plan: Plan, device: torch.device) -> bool:
         with distributed.main_first():
             hold_lock(stack, opts)
             data = build_data(context)
+        found = state_for_all(opts)  # again: another run may have held the lock meanwhile
+        if found == DONE:
+            log.info("step %d of %s was finished meanwhile", opts.step, opts.name)
+            return False
+        if found == CONCLUDED:  # learned, and stopped before its result was written
+            opts = replace(opts, continue_ckpt=True, ckpt=None)
+            context = replace(context, opts=opts)
         stack.enter_context(stop_requests())
         log.info("task %s, step %d: %d images, learns %s", opts.task, opts.step, len(data.train),
                  ", ".join(context.class_names[context.old_classes or 0 :]))  # fmt: skip

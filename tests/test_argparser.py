@@ -42,7 +42,7 @@ def parse(argv: list[str]):
 
 
 def flags(opts) -> dict:
-    return {k: v for k, v in opts.record().items() if k not in ("method", "task")}
+    return {k: v for k, v in opts.record().items() if k not in ("method", "task", "name")}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -248,3 +248,28 @@ def test_every_flag_is_read_somewhere():
     options = {a.dest for a in get_parser()._actions} - read_by_argparser
     unread = {o for o in options if not re.search(rf"\b(opts|method|self)\.{o}\b", text)}
     assert unread == set()
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        ([], ["Experiment"]),
+        (["--random_seed", "7"], ["Experiment-seed7"]),
+        (["--method", "mib"], ["MIB"]),
+        (["--method", "MIB", "--random_seed", "7"], ["MIB-seed7"]),
+        (["--method", "MIB", "--random_seed", "42"], ["MIB"]),
+        (["--method", "MIB", "--random_seed", "7", "--name", "Experiment"], ["Experiment"]),
+        (["--method", "FT,MIB", "--step", "1"], ["FT", "MIB"]),
+        (["--method", "FT,MIB", "--step", "0"], ["base"]),
+        (["--method", "FT,MIB", "--step", "0", "--random_seed", "7"], ["base-seed7"]),
+        (["--method", "FT,MIB", "--step", "0-1", "--name", "X"], ["X-base", "X-FT", "X-MIB"]),
+    ],
+)
+def test_names_that_are_not_typed(argv: list[str], names: list[str]):
+    assert [plan.opts.name for plan in parse_all(argv)] == names
+
+
+@pytest.mark.parametrize("name", ["x" * 201, "ü" * 101, "a\nb", "\udc80", ""])
+def test_names_that_no_file_can_have(name: str):
+    with pytest.raises(UserError, match="--name"):
+        parse(["--name", name])

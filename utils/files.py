@@ -9,6 +9,33 @@ from typing import BinaryIO
 
 from utils.errors import UserError
 
+LONGEST_NAME = 200  # bytes; file systems allow 255, what stands around a name takes the rest
+
+
+def is_file_name(name: object) -> bool:
+    """Whether a text can be (part of) a file's name everywhere, endings and locks included."""
+    if not isinstance(name, str) or not name or name in (".", "..") or "/" in name:
+        return False
+    try:
+        return len(name.encode()) <= LONGEST_NAME and name.isprintable()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+
+
+def check_writable(folder: Path) -> None:
+    """UserError unless files can be made in a folder, or in what exists of the way to it."""
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        usable = there.is_dir() and os.access(there.resolve(strict=True), os.W_OK | os.X_OK)
+    except OSError:  # a working directory that was removed
+        usable = False
+    if not usable:
+        raise UserError(
+            f"cannot write to {folder}: {there} is no folder that you may write to; choose another"
+        )
+
 
 def _open_exclusive(path: Path) -> BinaryIO:
     """`path`, empty and locked: another writer waits, and what a killed one left is reused."""

@@ -109,6 +109,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
         # utf-8-sig: a spreadsheet program may have put a byte-order mark in front.
         with path.open(newline="", encoding="utf-8-sig") as file:
             header, *rows = list(csv.reader(file, strict=True)) or [list(_KEYS)]
+        rows = [row for row in rows if row]  # an editor may have left a blank line
         if header[: len(_KEYS)] != list(_KEYS):
             raise ValueError(f"the first columns are not {', '.join(_KEYS)}")
         return [dict(zip(header, row, strict=True)) for row in rows]

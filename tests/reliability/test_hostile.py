@@ -360,7 +360,8 @@ def test_a_damaged_file_ends_the_run_with_a_line(fresh, tree, victim):
     inside = folder if victim.startswith("data/") else tree / "PascalVOC12"
     for path in inside.glob(victim):
         path.write_bytes(path.read_bytes()[:-25])
-    done = go(folder, "--data_root", tree, "--batch_size", 4, "--num_workers", 2, "--epochs", 1)
+    done = go(folder, "--data_root", tree, "--batch_size", 4, "--num_workers", 2, "--epochs", 1,
+              "--restart")  # fmt: skip
     assert done.status == [1]
     assert "Traceback" not in done.output
     assert done.output.count("error: ") == 1

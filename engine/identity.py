@@ -1,0 +1,219 @@
+"""Whose a checkpoint is: what makes it this run's, another's, or one that nobody may replace.
+
+The flags say it themselves: `resume` in their metadata (`utils/flags.py`) is "identity" for what
+makes another run, "warn" for what makes it compute something else, "free" for the rest; `score`
+marks those that change the score of a given network.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import Field, asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from argparser import Options
+from dataset.catalog import get_spec
+from engine.checkpoint import check_fits, load
+from engine.paths import base_checkpoint, own_checkpoint, result_key, setting, tested_checkpoint
+from methods.table import FLAGS as METHOD_FLAGS
+from methods.table import Method
+from utils import distributed
+from utils.errors import UserError
+from utils.flags import OnResume, flags_of
+from utils.results import read_results, result_files
+
+log = logging.getLogger(__name__)
+
+# The step is part of the file's name, the task of its folder's; a shared step 0 serves several.
+_PLACE = ("step", "task", "dataset")
+_AT_STEP_0 = ("bce", "fix_bn", "freeze")  # what is left of a method there, see Method.at_step_0
+_NETWORK = ("backbone", "output_stride", "norm_act")
+
+NEW, CONCLUDED, DONE = "new", "concluded", "done"
+
+
+class Difference(NamedTuple):
+    """A flag that a checkpoint was written with and that is another now."""
+
+    name: str
+    theirs: Any
+    ours: Any
+
+
+def all_flags() -> list[Field[Any]]:
+    """The flags of a run and of its method."""
+    return [*flags_of(Options), *flags_of(Method)]
+
+
+def differences(
+    content: Mapping[str, Any], opts: Options, kinds: Iterable[OnResume], without: Collection[str]
+) -> list[Difference]:
+    """Flags of the `kinds` that differ, by name; those unknown to an older file do not."""
+    theirs, ours = content.get("options", {}), opts.record()
+    names = sorted(entry.name for entry in all_flags() if entry.metadata["resume"] in kinds)
+    return [
+        Difference(name, theirs[name], ours[name])
+        for name in names
+        if name not in without and name in theirs and theirs[name] != ours[name]
+    ]
+
+
+def state_for_all(opts: Options) -> str:
+    """`state` as rank 0 finds it: on unshared disks the others might see something else."""
+    found = NEW
+    with distributed.main_first():
+        if distributed.is_main():
+            found = state(opts)
+    if distributed.any_process(found == DONE):
+        return DONE
+    return CONCLUDED if distributed.any_process(found == CONCLUDED) else NEW
+
+
+def state(opts: Options) -> str:
+    """What is there of a step: NEW, to be learned; CONCLUDED, learned and not tested; DONE.
+
+    Raises UserError where learning would replace a finished step of other flags, or an interrupted
+    one of another run.
+    """
+    if opts.restart or opts.test:
+        return NEW
+    spec = get_spec(opts.dataset, opts.data_root)
+    task, shared = spec.task(opts.task), opts.base is not None and opts.step == 0
+    path = base_checkpoint(opts, task) if shared else own_checkpoint(opts)
+    if not path.exists():
+        return NEW
+    content = load(path, "move it away, or learn the step again with --restart")
+    finished = content.get("finished", True)
+    if "options" not in content:
+        raise UserError(f"{path} is not of this program: move it away, or give another --name")
+    check_fits(content, path, opts, task.steps[: opts.step + 1], spec.class_names)
+    _refuse_other(content, path, opts, shared, finished)
+    if not finished:
+        if not opts.continue_ckpt:
+            log.warning("%s is of an interrupted run: starting over (--continue_ckpt goes on)",
+                        path)  # fmt: skip
+        return NEW
+    return DONE if shared or stored_rows(opts) else CONCLUDED
+
+
+def _refuse_other(
+    content: Mapping[str, Any], path: Path, opts: Options, shared: bool, finished: bool
+) -> None:
+    """UserError unless the step that lies there is the one that is asked for."""
+    without: Collection[str] = _PLACE
+    kinds: tuple[OnResume, ...] = ("identity", "warn") if finished else ("identity",)
+    if shared:  # methods share what they have in common at step 0
+        without = (*_PLACE, "method", "mask", *(n for n in METHOD_FLAGS if n not in _AT_STEP_0))
+        check_importances(content, path, opts)
+    found = differences(content, opts, kinds, without)
+    images = opts.batch_size * distributed.world_size()
+    if finished and content.get("images_per_iteration", images) != images:
+        found.append(Difference("batch_size x processes", content["images_per_iteration"], images))
+    if found:
+        name, theirs, ours = found[0]
+        kind = "a finished" if finished else "an interrupted"
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise UserError(
+            f"{path} is of {kind} run with --{name} {theirs}, this command has {ours}{more}: "
+            f"nothing was changed; give {'--base another name' if shared else 'another --name'}, "
+            "or replace it with --restart"
+        )
+
+
+def check_importances(content: Mapping[str, Any], path: Path, opts: Options) -> None:
+    """UserError where a shared step 0 did not collect what this run's regulariser needs."""
+    wanted = set((opts.method.regularizer or "").split(",")) - {""}
+    if lacking := sorted(wanted - (content.get("regularizer") or {}).keys()):
+        raise UserError(
+            f"{path} collected no importances for {', '.join(lacking)}: give --base another name, "
+            "or learn it again with --restart"
+        )
+
+
+def check_teacher(content: Mapping[str, Any], path: Path, opts: Options) -> None:
+    """UserError unless the step before is this run's; with `--step_ckpt` a warning.
+
+    Step 0 of a method is another's as well where they agree on what is left of them there.
+    """
+    without: Collection[str] = _PLACE
+    if opts.step == 1:
+        without = (*_PLACE, "method", "mask", *(n for n in METHOD_FLAGS if n not in _AT_STEP_0))
+    for name, theirs, ours in differences(content, opts, ("identity",), without):
+        what = f"{path} is of a run with --{name} {theirs}, this one has {ours}"
+        if not opts.step_ckpt:
+            raise UserError(
+                f"{what}: give this run another {'--base' if opts.base else '--name'}, or name "
+                "the file with --step_ckpt to start from it all the same"
+            )
+        log.warning("%s", what)
+
+
+def stored_rows(opts: Options) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The step's rows of the two result files; None where one is missing."""
+    key, found = asdict(result_key(opts)), []
+    for path in result_files(Path(opts.logdir), setting(opts)):
+        rows = read_results(path) if path.exists() else []
+        match = [row for row in rows if key.items() <= row.items()]
+        if not match:
+            return None
+        found.append({name: value for name, value in match[0].items() if name not in key})
+    return found[0], found[1]
+
+
+def stored_result(opts: Options) -> str:
+    """A tested step's scores as the result files have them, a line each; empty where none are."""
+    rows = stored_rows(opts)
+    values = {} if rows is None else rows[0] | rows[1]
+    known = {name: value for name, value in values.items() if isinstance(value, float)}
+    width = max(map(len, known), default=0)
+    return "\n".join(f"{name:<{width}}  {value:.4f}" for name, value in known.items())
+
+
+def as_trained(opts: Options) -> Options:
+    """The options of a test: what changes a score is as in training, unless it was typed.
+
+    The result is filed under what was tested: name, method and seed of the checkpoint, and what was
+    typed otherwise than in training behind the name. Raises UserError where a flag was typed that
+    makes it another run.
+    """
+    path = tested_checkpoint(opts, get_spec(opts.dataset, opts.data_root).task(opts.task))
+    content = load(path, "train the step first, or name a checkpoint with --ckpt")
+    if "options" not in content:
+        return opts
+    shared = opts.base is not None and opts.step == 0 and not opts.ckpt
+    for name, theirs, ours in differences(content, opts, ("identity",), _PLACE):
+        if name in opts.typed and not shared:
+            raise UserError(
+                f"{path} is of a run with --{name} {theirs}, not {ours}: leave the flag out, or "
+                "name another checkpoint"
+            )
+    trained = Options.from_record(content["options"])
+    changes, suffix = _taken_from(trained, opts, content["options"])
+    method = opts.method if shared else trained.method
+    name = (trained.name if opts.ckpt else opts.name) + suffix
+    if name != opts.name:
+        log.info("the result is filed under %s", name)
+    return replace(opts, **changes | {"method": method, "name": name, "ckpt": str(path)})
+
+
+def _taken_from(
+    trained: Options, opts: Options, known: Collection[str]
+) -> tuple[dict[str, Any], str]:
+    """What a test takes over from the training, and how its row is marked where it differs."""
+    changes: dict[str, Any] = {}
+    suffix = ""
+    for entry in flags_of(Options):
+        name, score = entry.name, bool(entry.metadata.get("score"))
+        theirs, ours = getattr(trained, name), getattr(opts, name)
+        matters = score or name in _NETWORK or entry.metadata["resume"] == "identity"
+        if name == "method" or name not in known or not matters or theirs == ours:
+            continue
+        if name not in opts.typed:
+            changes[name] = theirs
+            log.info("--%s %s, as in training", name, theirs)
+        elif score:
+            suffix += f"+{name}={ours}"
+            log.warning("tested with --%s %s, trained with %s", name, ours, theirs)
+    return changes, suffix
