@@ -9,8 +9,8 @@ network in PyTorch's default layout with `nn.BatchNorm2d` and leaky ReLU, normal
 full-size logits, fp16 autocast with a scaler on a GPU, and a look at the loss in every iteration.
 
 A variant is one or more of these words, joined by "+": bf16, fp16, off (the precision); iabn, abn
-(the norm); triton, package, plain (who computes iabn); compile. MiB are beyond both networks, the
-"total ratio" is of all memory.
+(the norm); triton, package, plain (who computes iabn); compile; plop (that method,
+not MiB's). MiB of memory are beyond both networks, the "total ratio" is of all of it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from utils.constants import IGNORE_INDEX
 WORDS = {
     "bf16": ["--amp", "bf16"], "fp16": ["--amp", "fp16"], "off": ["--amp", "off"],
     "iabn": ["--norm_act", "iabn"], "abn": ["--norm_act", "abn"], "compile": ["--compile"],
+    "plop": ["--method", "PLOP"],
     "triton": [], "package": [], "plain": [],
 }  # fmt: skip
 Batch = tuple[Tensor, Tensor]
@@ -85,6 +86,9 @@ def prepare_ours(
     if device != "cpu":  # as `dataset.incremental.collate` and the loader have them
         images = images.contiguous(memory_format=torch.channels_last).pin_memory()
         labels = labels.pin_memory()
+    if objective.needs_survey:
+        ((x, y),) = train.to_device([(images, labels)], context.device)
+        objective.learn(objective.survey(x, y))
     return learner, objective, (images, labels)
 
 

@@ -85,6 +85,12 @@ def test_a_case_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
     assert "off+package failed: UserError" in capsys.readouterr().err
 
 
+def test_step_runs_plop():
+    """Its pass is done beforehand, on the batch that is measured."""
+    flags = ("--backbone", "resnet18", "--crop_size", "64", "--batch_size", "2")
+    assert set(step.ours("off+abn+plop", flags, "cpu")()) == {"ce", "pod"}
+
+
 @pytest.mark.parametrize("wrong", ["fp8", "off+turbo"])
 def test_step_names_an_unknown_variant(wrong, monkeypatch, capsys):
     with pytest.raises(SystemExit):

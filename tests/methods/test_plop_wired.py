@@ -15,6 +15,7 @@ import torch
 
 from argparser import parse
 from methods import pseudo_labels
+from methods.features import label_guided_distillation
 from methods.fusion import fusion_rate
 from methods.groups import LocalPod
 from methods.objective import make_objective
@@ -105,6 +106,11 @@ def test_the_terms_are_those_of_the_row():
     images, labels = batch(100, LABELS)
     _, terms, _ = wired.objective(images.double(), labels.byte())
     assert list(terms) == ["ce", "pod", "lgkd"]
+    again = wire("abn", 30.0, METHODS["PLOP+LGKD"])  # a forward pass moves running statistics
+    logits = again.objective(images.double(), labels.byte()).logits
+    old_logits = again.teacher(images.double()).logits
+    expected = label_guided_distillation(logits, old_logits, labels, 5, 1)
+    torch.testing.assert_close(terms["lgkd"], expected.detach(), rtol=1e-9, atol=0)
     one = replace(METHODS["PLOP+LGKD"], pseudo=False, cases=())
     _, plain, _ = wire("abn", 30.0, one).objective(images.double(), labels.byte())
     assert plain["ce"] != terms["ce"]
