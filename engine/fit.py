@@ -73,7 +73,7 @@ def run_epoch(
     epoch, first = progress.epoch, progress.iteration
     iterations = training.batches.iterations_per_epoch
     training.batches.set_epoch(epoch, first)
-    tune_convolutions(context, same_size=True)
+    tune_convolutions(context, training=True)
     batches = until_stopped(
         workers.start(loader), iterations,
         lambda: f"after iteration {progress.iteration} of epoch {epoch + 1}",

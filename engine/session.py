@@ -64,7 +64,7 @@ def execute(plans: Sequence[Plan]) -> int:
 def learn_all(plans: Sequence[Plan]) -> None:
     """Every plan that is not finished, then the table of the methods, if there are several."""
     device = distributed.init(plans[0].opts.local_rank)
-    torch.set_float32_matmul_precision("highest")  # some containers ask for TF32
+    use_true_float32()
     setup_console(distributed.rank(), plans[0].opts.debug)
     for plan in plans:
         opts = plan.opts
@@ -78,6 +78,14 @@ def learn_all(plans: Sequence[Plan]) -> None:
         free_memory(device)  # nothing of a step stays on the device when the next is built
     if len({plan.opts.method.name for plan in plans}) > 1 and distributed.is_main():
         print_comparison([plan.opts for plan in plans])
+
+
+def use_true_float32() -> None:
+    """float32 is float32 everywhere: in products, where some containers ask for TF32, and in
+    convolutions, where TF32 is torch's default. What may be coarser is for `--amp` to say.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def run_plan(plan: Plan, device: torch.device) -> bool:
