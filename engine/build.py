@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -86,19 +86,29 @@ def make_loader(
     )
 
 
-def evaluation_batches(context: Context, data: IncrementalSegmentation) -> Iterator[Batch]:
+def evaluation_loader(
+    context: Context, data: IncrementalSegmentation, persistent: bool = False
+) -> DataLoader[Any]:
     """Every image once over all processes; uncropped images come one at a time.
 
-    Raises Interrupted as soon as a process is asked to stop, in all of them after the same batch.
+    `persistent` workers stay for the next evaluation.
     """
     size = context.opts.batch_size if context.opts.crop_val else 1
     batches = EvalBatchSampler(
         len(data), size, rank=distributed.rank(), world=distributed.world_size()
     )
+    return make_loader(context, data, batches, persistent)
+
+
+def evaluation_batches(context: Context, loader: DataLoader[Any]) -> Iterator[Batch]:
+    """The batches of an `evaluation_loader`.
+
+    Raises Interrupted as soon as a process is asked to stop, in all of them after the same batch.
+    """
     tune_convolutions(context, training=False)
-    loader = workers.start(make_loader(context, data, batches))
+    rounds = cast(EvalBatchSampler, loader.batch_sampler).rounds
     where = "during an evaluation; --continue_ckpt repeats it"
-    return until_stopped(loader, batches.rounds, lambda: where)
+    return until_stopped(workers.start(loader), rounds, lambda: where)
 
 
 # -------------------------------------------------------------------------------- models

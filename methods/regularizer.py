@@ -116,13 +116,13 @@ class Regularizer(ABC):
 
     def _moved(self, names: Iterable[str]) -> list[Tensor]:
         """theta - theta_old by name."""
-        now, old = [self.parameters[k] for k in names], [self.reference[k] for k in names]
-        return list(torch._foreach_sub(now, old))
+        now: list[Tensor] = [self.parameters[k] for k in names]
+        return list(torch._foreach_sub(now, [self.reference[k] for k in names]))
 
     @staticmethod
     def _total(weighted: Sequence[Tensor], moved: Sequence[Tensor]) -> Tensor:
         """Sum of the products, over all elements of all tensors."""
-        products = torch._foreach_mul(weighted, moved)
+        products = torch._foreach_mul(list(weighted), list(moved))
         # Importances are no less than 0, and so are the products: a norm is a sum that has a kernel
         # for lists.
         return torch.stack(torch._foreach_norm(products, 1)).sum()
