@@ -20,6 +20,7 @@ from methods.table import FLAGS as METHOD_FLAGS
 from methods.table import METHODS, NO_METHOD, Method
 from modules.structures import NORMS, STRIDES_AND_DILATIONS, STRUCTURES
 from tasks import Task, step_numbers
+from utils.cores import usual_workers
 from utils.errors import UserError
 from utils.files import is_file_name
 from utils.flags import Parser, add_flags, flag, flags_of, number, per_step, several
@@ -83,7 +84,10 @@ class Options:
         DEFAULT_SEED, "of weights and data", parse=number(int, 0, 2**63 - 1), resume="identity",
         group="run",
     )
-    num_workers: int = _free(1, "data processes per process", parse=number(int, 0), group="run")
+    num_workers: int = _free(
+        None, "data processes per process (default: as many as it has cores, at most 8)",
+        parse=number(int, 0), group="run",
+    )  # fmt: skip
     deterministic: bool = _free(False, "same bits every time on CUDA; slower", group="run")
     local_rank: int | None = _free(
         None, "set by the launcher", parse=number(int, 0), group="run"
@@ -287,6 +291,8 @@ class _Command(NamedTuple):
                 values[name] = values[name][min(step, 1)]
         if values["pooling"] is None:
             values["pooling"] = round(values["crop_size"] / values["output_stride"])
+        if values["num_workers"] is None:
+            values["num_workers"] = usual_workers()
         return values | {"task": self.task.name, "step": step}, notes
 
     def _method(self, name: str) -> tuple[Method, list[str]]:

@@ -105,6 +105,7 @@ class LogPoint:
     terms: dict[str, float]  # weighted, mean over the interval and the ranks
     lr: float
     images_per_second: float  # all ranks together
+    waiting: float  # share of the time that this rank waited for its data, 0 to 1
 
 
 def train_epoch(
@@ -128,21 +129,33 @@ def train_epoch(
     """
     objective.student.train()
     log, means, counts = TermLog(epoch, start), [], []
-    begun, seen, done = time.perf_counter(), 0, start
+    begun, seen, done, waited = time.perf_counter(), 0, start, 0.0
+
+    def timed() -> Iterator[Batch]:
+        nonlocal waited
+        source, end = iter(batches), object()
+        while True:
+            asked = time.perf_counter()
+            batch = next(source, end)
+            waited += time.perf_counter() - asked
+            if batch is end:
+                return
+            yield cast(Batch, batch)
 
     def log_point() -> None:
-        nonlocal begun, seen
+        nonlocal begun, seen, waited
         if not log.rows:
             return
         lr = float(learner.scheduler.get_last_lr()[-1])
         counts.append(len(log.rows))
         means.append(log.drain())
-        rate = seen * distributed.world_size() / (time.perf_counter() - begun)
-        on_log(LogPoint(done, means[-1], lr, rate))
-        begun, seen = time.perf_counter(), 0
+        passed = time.perf_counter() - begun
+        rate = seen * distributed.world_size() / passed
+        on_log(LogPoint(done, means[-1], lr, rate, waited / passed))
+        begun, seen, waited = time.perf_counter(), 0, 0.0
 
     try:
-        for images, labels in to_device(batches, device):
+        for images, labels in to_device(timed(), device):
             log.add(learner.step(objective, images, labels))
             done, seen = done + 1, seen + len(images)
             on_iteration(done)

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 
+from argparser import Options
 from dataset.build import StepDatasets, build_datasets
 from dataset.incremental import IncrementalSegmentation, collate
 from dataset.sampler import EvalBatchSampler, TrainBatchSampler
@@ -23,7 +24,7 @@ from engine.resume import Progress, batch_counts, restore, restore_learned
 from methods.objective import Objective, make_objective
 from methods.regularizer import make_regularizers
 from methods.start import start_student
-from modules.norm import get_norm
+from modules.norm import get_norm, traceable
 from segmentation_module import (
     IncrementalSegmentationModule,
     load_pretrained,
@@ -86,19 +87,29 @@ def make_loader(
     )
 
 
-def evaluation_batches(context: Context, data: IncrementalSegmentation) -> Iterator[Batch]:
+def evaluation_loader(
+    context: Context, data: IncrementalSegmentation, persistent: bool = False
+) -> DataLoader[Any]:
     """Every image once over all processes; uncropped images come one at a time.
 
-    Raises Interrupted as soon as a process is asked to stop, in all of them after the same batch.
+    `persistent` workers stay for the next evaluation.
     """
     size = context.opts.batch_size if context.opts.crop_val else 1
     batches = EvalBatchSampler(
         len(data), size, rank=distributed.rank(), world=distributed.world_size()
     )
-    tune_convolutions(context, same_size=context.opts.crop_val)
-    loader = workers.start(make_loader(context, data, batches))
+    return make_loader(context, data, batches, persistent)
+
+
+def evaluation_batches(context: Context, loader: DataLoader[Any]) -> Iterator[Batch]:
+    """The batches of an `evaluation_loader`.
+
+    Raises Interrupted as soon as a process is asked to stop, in all of them after the same batch.
+    """
+    tune_convolutions(context, training=False)
+    rounds = cast(EvalBatchSampler, loader.batch_sampler).rounds
     where = "during an evaluation; --continue_ckpt repeats it"
-    return until_stopped(loader, batches.rounds, lambda: where)
+    return until_stopped(workers.start(loader), rounds, lambda: where)
 
 
 # -------------------------------------------------------------------------------- models
@@ -166,12 +177,13 @@ def load_teacher(
     return previous
 
 
-def tune_convolutions(context: Context, same_size: bool) -> None:
-    """On CUDA, time the algorithms of a convolution when a size is first met, if one is met often.
+def tune_convolutions(context: Context, training: bool) -> None:
+    """On CUDA and in training, time the algorithms of a convolution when a size is first met.
 
-    The fastest ones may differ from run to run, in the last bits of what they compute.
+    The fastest ones may differ from run to run, in the last bits of what they compute. An
+    evaluation is to give the same digits every time, whether training came before it or not.
     """
-    torch.backends.cudnn.benchmark = same_size and not context.opts.deterministic
+    torch.backends.cudnn.benchmark = training and not context.opts.deterministic
 
 
 # ------------------------------------------------------------------------------ training
@@ -223,6 +235,15 @@ def build_learner(
     return Learner(student, optimizer, scheduler, context.precision, regularizer)
 
 
+def warn_of_broken_graphs(opts: Options, student: nn.Module) -> None:
+    """A line in the log where `--compile` meets norms that synchronise; trains in any case."""
+    if opts.compile and not traceable(student.train()):
+        log.warning(
+            "--compile with --norm_act %s over several processes breaks the graph at every norm: "
+            "minutes at the start and little gained; drop --compile", opts.norm_act,
+        )  # fmt: skip
+
+
 def build_training(
     context: Context, data: StepDatasets, resumed: dict[str, Any] | None
 ) -> Training:
@@ -236,6 +257,7 @@ def build_training(
     student, teacher, previous = build_models(context, imagenet)
     max_iters = opts.epochs * batches.iterations_per_epoch
     learner = build_learner(context, student, teacher, previous, max_iters)
+    warn_of_broken_graphs(opts, student)
     counts = batch_counts(context, batches)
     progress = Progress() if resumed is None else restore(
         resumed, learner, counts, opts

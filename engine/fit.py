@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +14,13 @@ from tqdm import tqdm
 
 from dataset.build import StepDatasets
 from dataset.incremental import IncrementalSegmentation
-from engine.build import Training, evaluation_batches, make_loader, tune_convolutions
+from engine.build import (
+    Training,
+    evaluation_batches,
+    evaluation_loader,
+    make_loader,
+    tune_convolutions,
+)
 from engine.context import Context
 from engine.paths import own_checkpoint
 from engine.resume import save_progress
@@ -37,6 +43,7 @@ def fit(context: Context, training: Training, data: StepDatasets, logger: Logger
     """
     opts, progress = context.opts, training.progress
     loader = make_loader(context, data.train, training.batches, persistent=True)
+    validated = evaluation_loader(context, data.val, persistent=True)
     iterations = training.batches.iterations_per_epoch
     with _saved_if_interrupted(context, training, logger):
         if training.objective.needs_survey:
@@ -47,7 +54,7 @@ def fit(context: Context, training: Training, data: StepDatasets, logger: Logger
                 run_epoch(context, training, loader, logger)
             distributed.broadcast_buffers(training.student)
             if (progress.epoch + 1) % opts.val_interval == 0:
-                score = validate(context, training, data.val, logger)
+                score = validate(context, training, validated, logger)
                 progress.best_score = max(progress.best_score, score)
             progress.epoch, progress.iteration = progress.epoch + 1, 0
             if progress.epoch == opts.epochs:
@@ -103,7 +110,8 @@ def run_epoch(
     epoch, first = progress.epoch, progress.iteration
     iterations = training.batches.iterations_per_epoch
     training.batches.set_epoch(epoch, first)
-    tune_convolutions(context, same_size=True)
+    tune_convolutions(context, training=True)
+    waiting: list[float] = []
     batches = until_stopped(
         workers.start(loader), iterations,
         lambda: f"after iteration {progress.iteration} of epoch {epoch + 1}",
@@ -119,11 +127,13 @@ def run_epoch(
 
         def on_log(point: LogPoint) -> None:
             loss = sum(point.terms.values())
+            waiting.append(point.waiting)
             bar.set_postfix(loss=f"{loss:.3f}", img_s=f"{point.images_per_second:.1f}")
             values = {f"train/{name}": value for name, value in point.terms.items()}
             values |= {
                 "train/loss": loss, "train/lr": point.lr,
                 "train/images_per_second": point.images_per_second,
+                "train/waiting": point.waiting,
             }  # fmt: skip
             logger.scalars(values, epoch * iterations + point.iteration)
 
@@ -132,16 +142,16 @@ def run_epoch(
             epoch=epoch, start=first, interval=opts.print_interval,
             on_iteration=on_iteration, on_log=on_log,
         )  # fmt: skip
-    log.info("epoch %d/%d: loss %.4f (%s)", epoch + 1, opts.epochs, sum(means.values()),
-             _join(means))  # fmt: skip
+    log.info("epoch %d/%d: loss %.4f (%s), %.0f %% of the time waiting for data", epoch + 1,
+             opts.epochs, sum(means.values()), _join(means), 100 * np.mean(waiting))  # fmt: skip
 
 
 def validate(
-    context: Context, training: Training, data: IncrementalSegmentation, logger: Logger
+    context: Context, training: Training, loader: DataLoader[Any], logger: Logger
 ) -> float:
     """Scores and loss terms on the validation set, as curves; returns the mean IoU."""
     iteration = (training.progress.epoch + 1) * training.batches.iterations_per_epoch
-    batches = evaluation_batches(context, data)
+    batches = evaluation_batches(context, loader)
     classes = len(context.class_names)
     metrics, terms = evaluate(training.validated, batches, classes, context.device)
     scores = metrics.scores(context.old_classes)
@@ -150,7 +160,8 @@ def validate(
     values |= {f"val/{name}": value for name, value in scores.means().items()}
     logger.scalars(values, iteration)
     if distributed.is_main():
-        for i, panel in enumerate(panels(context, training, data, context.opts.sample_num)):
+        opts, data = context.opts, cast(IncrementalSegmentation, loader.dataset)
+        for i, panel in enumerate(panels(context, training, data, opts.sample_num)):
             logger.image(f"samples/{i}", panel, iteration)
     log.info("validation: mean IoU %.4f (%s)", scores.with_background, _join(terms))
     return scores.with_background

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from argparser import Options
 from dataset.build import StepDatasets
-from engine.build import evaluation_batches, new_model
+from engine.build import evaluation_batches, evaluation_loader, new_model
 from engine.checkpoint import check_fits, load
 from engine.context import Context
 from engine.paths import result_key, setting, tested_checkpoint
@@ -60,12 +60,13 @@ def test(context: Context, tested: Tested, data: StepDatasets, logger: Logger) -
     """
     objective = Objective([], tested.model, None, context.precision)
     classes, device = len(context.class_names), context.device
-    metrics, _ = evaluate(objective, evaluation_batches(context, data.test), classes, device)
+    loader = evaluation_loader(context, data.test)
+    metrics, _ = evaluate(objective, evaluation_batches(context, loader), classes, device)
     if distributed.is_main():
         report(context, metrics, tested.iteration, data.list_lengths, logger)
     if context.opts.tta:
         averaged, _ = evaluate(
-            objective, evaluation_batches(context, data.test), classes, device,
+            objective, evaluation_batches(context, loader), classes, device,
             averaging(context, tested),
         )  # fmt: skip
         if distributed.is_main():

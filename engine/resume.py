@@ -127,7 +127,8 @@ def restore(
         checkpoint.load_optimizer(learner.optimizer, content["optimizer_state"])
         learner.scheduler.load_state_dict(content["scheduler_state"])
         follow_flags(learner, content["options"], opts)
-        learner.precision.scaler.load_state_dict(content["scaler_state"])
+        if content["scaler_state"]:  # else written without a scaler, as with bf16: ours starts anew
+            learner.precision.scaler.load_state_dict(content["scaler_state"])
         if learner.regularizer is not None:
             learner.regularizer.load_state_dict(content["regularizer_state"])
         torch.set_rng_state(content["random_state"])

@@ -67,7 +67,7 @@ def execute(plans: Sequence[Plan]) -> int:
 def learn_all(plans: Sequence[Plan]) -> None:
     """Every plan that is not finished, then the table of the methods, if there are several."""
     device = distributed.init(plans[0].opts.local_rank)
-    torch.set_float32_matmul_precision("highest")  # some containers ask for TF32
+    use_true_float32()
     setup_console(distributed.rank(), plans[0].opts.debug)
     with distributed.main_first():
         for plan in plans if distributed.is_main() else ():
@@ -103,6 +103,14 @@ def check_end(opts: Options) -> None:
     folders = [results[0].parent, log_folder(opts)]
     for folder in folders if opts.test else [*folders, own_checkpoint(opts).parent]:
         check_writable(folder)
+
+
+def use_true_float32() -> None:
+    """float32 is float32 everywhere: in products, where some containers ask for TF32, and in
+    convolutions, where TF32 is torch's default. What may be coarser is for `--amp` to say.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def run_plan(plan: Plan, device: torch.device) -> bool:

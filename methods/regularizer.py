@@ -117,8 +117,7 @@ class Regularizer(ABC):
     def _moved(self, names: Iterable[str]) -> list[Tensor]:
         """theta - theta_old by name."""
         now: list[Tensor] = [self.parameters[k] for k in names]
-        old = [self.reference[k] for k in names]
-        return list(torch._foreach_sub(now, old))
+        return list(torch._foreach_sub(now, [self.reference[k] for k in names]))
 
     @staticmethod
     def _total(weighted: Sequence[Tensor], moved: Sequence[Tensor]) -> Tensor:

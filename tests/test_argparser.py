@@ -91,7 +91,7 @@ def test_defaults_are_the_documented_ones():
     opts, notes = parse([])
     expected = {
         "name": "Experiment", "dataset": "voc", "data_root": "data", "task": "19-1", "step": 0,
-        "overlap": False, "method": None, "random_seed": 42, "num_workers": 1, "epochs": 30,
+        "overlap": False, "method": None, "random_seed": 42, "epochs": 30,
         "batch_size": 4, "crop_size": 512, "lr": 0.007, "momentum": 0.9, "weight_decay": 1e-4,
         "lr_policy": "poly", "lr_power": 0.9, "lr_decay_step": 5000, "lr_decay_factor": 0.1,
         "amp": "auto", "backbone": "resnet101", "output_stride": 16, "norm_act": "iabn_sync",
@@ -101,6 +101,21 @@ def test_defaults_are_the_documented_ones():
     }  # fmt: skip
     assert {k: opts.record()[k] for k in expected} == expected
     assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"),
+    [(1, None, 1), (6, None, 6), (64, None, 8), (16, 4, 4), (2, 4, 1)],
+)
+def test_data_workers_share_the_cores(cores, processes, workers, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if processes:
+        monkeypatch.setenv("WORLD_SIZE", "32")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert parse([])[0].num_workers == workers
+    assert parse(["--num_workers", "0"])[0].num_workers == 0
 
 
 def test_a_typed_flag_beats_the_method_and_is_logged():
