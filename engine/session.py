@@ -78,7 +78,7 @@ def learn_all(plans: Sequence[Plan]) -> None:
             continue
         asked = run_plan(plan, device)
         if asked and plan is not plans[-1]:
-            raise Interrupted(f"after step {opts.step}")
+            raise Interrupted(f"after step {plan.opts.step}")
         free_memory(device)  # nothing of a step stays on the device when the next is built
     if len({plan.opts.method.name for plan in plans}) > 1 and distributed.is_main():
         print_comparison([plan.opts for plan in plans])

@@ -37,7 +37,8 @@ def test_training_with_one_and_two_processes(fresh, toy, step):
     for world in (1, 2):
         folder = fresh(f"world-{world}")
         done = go(folder, "--data_root", toy, *step, "--batch_size", 2 // world, "--epochs", 2,
-                  "--num_workers", 0, "--restart", world=world, entry=child.main_in_float64)  # fmt: skip
+                  "--num_workers", 0, "--restart", world=world,
+                  entry=child.main_in_float64)  # fmt: skip
         assert done.status == [0] * world, done.output
         seen[world] = [torch.load(folder / f"seen-{rank}.pt") for rank in range(world)]
     (alone, images), (first, left), (second, right) = seen[1][0], *seen[2]
