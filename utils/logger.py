@@ -274,7 +274,10 @@ class _Wandb:
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    cells = [[printable(str(cell)).replace("|", "\\|") for cell in line] for line in lines]
+    cells = [
+        [printable(str(cell).replace("\n", " ")).replace("|", "\\|") for cell in line]
+        for line in lines
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
