@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 from utils.errors import UserError
 
@@ -55,8 +56,18 @@ def end_with_launcher() -> None:
         threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
 
 
+def _is_orphan() -> bool:
+    """Whether torchrun died before this process could look: process 1 adopted it, no launcher."""
+    if os.getppid() != 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    try:
+        return b"torch" not in Path("/proc/1/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
 def _watch(parent: int) -> None:
-    while os.getppid() == parent:
+    while os.getppid() == parent and not _is_orphan():
         time.sleep(LOOK_EVERY)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
