@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from platform import python_version
@@ -20,6 +19,7 @@ from methods.table import FLAGS as METHOD_FLAGS
 from methods.table import METHODS, NO_METHOD, Method
 from modules.structures import NORMS, STRIDES_AND_DILATIONS, STRUCTURES
 from tasks import Task, step_numbers
+from utils import launcher
 from utils.cores import usual_workers
 from utils.errors import UserError
 from utils.files import is_file_name
@@ -83,7 +83,7 @@ class Options:
     random_seed: int = flag(
         DEFAULT_SEED, "of weights and data", parse=number(int, 0, 2**63 - 1), resume="identity",
         group="run",
-    )
+    )  # fmt: skip
     num_workers: int = _free(
         None, "data processes per process (default: as many as it has cores, at most 8)",
         parse=number(int, 0), group="run",
@@ -356,7 +356,7 @@ def _collecting(first: Method, methods: Mapping[str, Method], members: Sequence[
 
 def _follow_recipe(values: dict[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Put in what the authors used where the user set nothing; returns a remark on the rate."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launcher.number("WORLD_SIZE", 1, low=1)
     if "batch_size" not in given and PAPER_BATCH % world:
         raise UserError(
             f"--recipe paper trains on {PAPER_BATCH} images at a time, which {world} processes "

@@ -11,12 +11,15 @@ import sys
 from collections.abc import Sequence
 
 import argparser
+from utils import launcher
 from utils.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status. What a user can mend is a line, not a traceback."""
     try:
+        launcher.check_environment()
+        launcher.end_with_launcher()
         plans = argparser.parse(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

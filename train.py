@@ -89,7 +89,7 @@ class TermLog:
                 if not math.isfinite(value):
                     raise UserError(
                         f"loss term {name!r} is {value} in epoch {self.epoch + 1}, iteration "
-                        f"{self.first + i + 1}: training stopped, the last checkpoint is good; "
+                        f"{self.first + i + 1}: training stopped; "
                         "lower --lr or use --amp off"
                     )
         self.first += len(self.rows)

@@ -136,6 +136,8 @@ def read_layout(root: Path) -> tuple[Layout | None, list[str]]:
     """`root`/dataset.json and all that is wrong with it, a line each; None if anything is."""
     path = root / FILE
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device may never end
+            return None, [f"{path} is no file"]
         return Layout.model_validate(json.loads(path.read_bytes())), []
     except OSError as error:
         return None, [f"{path} cannot be read ({error.strerror or error})"]
@@ -247,6 +249,8 @@ def _draw(stems: list[str], share: float, seed: int) -> dict[str, list[str]]:
 def _read_list(path: Path, index: dict[str, list[str]]) -> tuple[list[str], list[str]]:
     """Names in a list file (an image per line, with or without suffix), and what is wrong."""
     try:
+        if path.exists() and not path.is_file():
+            return [], [f"{path} is no file"]
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         return [], [f"{path} cannot be read as text ({error})"]

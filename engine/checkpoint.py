@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from dataclasses import Field
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from argparser import Options
-from methods.table import Method
+from methods.table import METHODS, Method
 from utils import checkpoint
 from utils.checkpoint import first_not_finite, load_file, strip_module_prefix
 from utils.errors import UserError
+from utils.files import is_file_name
 from utils.flags import flags_of
 
 log = logging.getLogger(__name__)
@@ -147,12 +149,58 @@ def _wrong_field(content: Mapping[str, Any]) -> str:
             return name
         if kind is int and isinstance(value, int) and value < 0:
             return name
-    for labels in content.get("steps", []):
-        if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-            return "steps"
-    options = content.get("options")
-    if options is not None and not all(
-        isinstance(options.get(name), str) for name in ("dataset", "task", "backbone")
-    ):
+    if "steps" in content and not _are_steps(content["steps"]):
+        return "steps"
+    names = content.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        return "class_names"
+    if names and max(label for step in content.get("steps", [[0]]) for label in step) >= len(names):
+        return "class_names"
+    return _wrong_option(content.get("options"), len(content.get("steps", [])))
+
+
+def _are_steps(steps: list[Any]) -> bool:
+    """Whether this is a list of lists of labels, all of them different."""
+    if not steps or not all(isinstance(labels, list) and labels for labels in steps):
+        return False
+    labels = [label for step in steps for label in step]
+    return all(type(label) is int and 0 <= label <= 255 for label in labels) and (
+        len(set(labels)) == len(labels)
+    )
+
+
+def _wrong_option(options: dict[str, Any] | None, steps: int) -> str:
+    """Name of an option that no command line could have set; empty if there is none."""
+    if options is None:
+        return ""
+    if not all(isinstance(options.get(name), str) for name in ("dataset", "task", "backbone")):
         return "options"
+    if not is_file_name(options.get("name", "-")):
+        return "options.name"
+    step, method = options.get("step", steps - 1), options.get("method")
+    own = {
+        "method": method is None or (isinstance(method, str) and method in METHODS),
+        "step": type(step) is int and step >= 0 and steps in (0, step + 1),
+    }
+    for entry in (*flags_of(Options), *flags_of(Method)):
+        known = own.get(entry.name)
+        right = known if known is not None else _could_be_typed(entry, options.get(entry.name))
+        if entry.name in options and not right:
+            return f"options.{entry.name}"
     return ""
+
+
+def _could_be_typed(entry: Field[Any], value: Any) -> bool:
+    """Whether a value is one that the flag can have."""
+    about = entry.metadata
+    if isinstance(entry.default, bool):
+        return isinstance(value, bool) or (about["takes_value"] and isinstance(value, str))
+    if value is None:
+        return entry.default is None and entry.name != "pooling"
+    if type(value) not in (str, int, float):
+        return False
+    try:
+        read = about["parse"](str(value))
+    except (ValueError, OverflowError, ArgumentTypeError):
+        return False
+    return bool(read == value) and (about["choices"] is None or value in about["choices"])

@@ -28,6 +28,7 @@ from tasks import Family, get_task, parse_task
 from utils import results
 from utils.errors import UserError
 
+MAX_STEPS = 10_000  # as on the command line
 EXTRAS = ("with background", "forgetting", "average")
 
 
@@ -129,6 +130,8 @@ def read_runs(path: Path) -> tuple[Setting, list[Run]]:
     runs: dict[tuple[str, str, int], Run] = {}
     most = 0
     for row in results.read_results(path):
+        if not 0 <= int(row["step"]) < MAX_STEPS:  # type: ignore[arg-type]
+            raise UserError(f"{path} has a row of step {row['step']}: mend it")
         key = (str(row["name"]), str(row["method"]), int(row["seed"]))  # type: ignore[arg-type]
         columns = {name: value for name, value in row.items() if re.match(r"\d+:", name)}
         most = max(most, len(columns))
@@ -304,6 +307,11 @@ def as_markdown(table: dict[Setting, list[Row]]) -> str:
     return "\n".join(lines)
 
 
+def inert(text: str) -> str:
+    """Text that a spreadsheet program shows and does not compute."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
 def as_csv(table: dict[Setting, list[Row]]) -> str:
     """A line per score, in full precision: mean and deviation over the seeds, paper, difference."""
     text = io.StringIO()
@@ -313,10 +321,11 @@ def as_csv(table: dict[Setting, list[Row]]) -> str:
     for setting, rows in table.items():
         for row in rows:
             first, paper = row.runs[0], row.paper
-            key = [setting.name, row.label, first.method, len(row.runs), first.last]
+            key = [inert(setting.name), inert(row.label), inert(first.method), len(row.runs),
+                   first.last]  # fmt: skip
             for title, values in row.scores.items():
                 theirs = paper.get(title, math.nan)
                 numbers = (values.mean(), deviation(values), theirs, values.mean() - theirs)
                 shown = ["" if math.isnan(number) else repr(float(number)) for number in numbers]
-                writer.writerow([*key, title, *shown])
+                writer.writerow([*key, inert(title), *shown])
     return text.getvalue()

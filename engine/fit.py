@@ -27,6 +27,7 @@ from engine.resume import save_progress
 from methods.start import finish_student
 from train import Batch, LogPoint, evaluate, predict_samples, to_device, train_epoch
 from utils import distributed, workers
+from utils.errors import UserError
 from utils.logger import Logger
 from utils.pictures import palette, sample_panel, save_png, stacked
 from utils.signals import Interrupted, until_stopped
@@ -79,6 +80,10 @@ def _saved_if_interrupted(context: Context, training: Training, logger: Logger) 
     except Interrupted as wish:
         save(context, training, logger)
         raise Interrupted(f"{wish}; wrote {own_checkpoint(context.opts)}") from None
+    except UserError as error:
+        path = own_checkpoint(context.opts)
+        left = f"the last checkpoint is good: {path}" if path.exists() else "there is no checkpoint"
+        raise UserError(f"{error}; {left}") from error
 
 
 def survey(context: Context, training: Training, loader: DataLoader[Any]) -> None:

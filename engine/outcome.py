@@ -21,6 +21,7 @@ from metrics import Scores, StreamSegMetrics, score_rows, to_table
 from segmentation_module import IncrementalSegmentationModule, load_state
 from train import Classify, evaluate
 from utils import distributed
+from utils.errors import printable
 from utils.logger import Logger
 from utils.pictures import confusion_figure
 from utils.results import write_results
@@ -95,7 +96,7 @@ def report(
     logger: Logger,
 ) -> None:
     """Print and write a tested step's scores."""
-    names = context.class_names
+    names = [printable(name) for name in context.class_names]
     scores = metrics.scores(context.old_classes)
     print(to_table(names, scores), flush=True)
     header, rows, means = score_rows(names, scores)
@@ -116,7 +117,7 @@ def report_averaged(
     scores = metrics.scores(context.old_classes)
     scales = ", ".join(map(str, TTA_SCALES))
     print(f"\nAveraged over scales {scales}, each mirrored as well:", flush=True)
-    print(to_table(context.class_names, scores), flush=True)
+    print(to_table(list(map(printable, context.class_names)), scores), flush=True)
     opts = replace(context.opts, name=f"{context.opts.name}+tta")
     write_scores(context, opts, scores, list_lengths)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.untrusted import check_archive, check_content
 
 VERSION = 1  # of the layout; a reader refuses any other
 
@@ -25,7 +25,7 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     """
     if bad := first_not_finite(content):
         raise UserError(
-            f"{bad} is no longer finite: training stopped, the last checkpoint is good; "
+            f"{bad} is no longer finite: training stopped; "
             "lower --lr or use --amp off"
         )
     with atomic_write(path) as file:
@@ -54,36 +54,36 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """`torch.load` on the CPU that never runs code; UserError for anything but a dict."""
+    """`torch.load` on the CPU that never runs code; UserError for anything but a dict.
+
+    Size and structure are checked before they are believed, see `utils/untrusted.py`.
+    """
+    if not path.is_file():  # a pipe or a device may never end
+        raise UserError(f"{path} is no file")
     try:
-        if zipfile.is_zipfile(path):
-            _check_sums(path)
+        check_archive(path)
         with torch.serialization.safe_globals(_numpy_scalars()):
             content = torch.load(path, map_location="cpu", weights_only=True)
+        check_content(content, path.stat().st_size)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # damaged files fail in many ways, none of them ours to tell apart
         raise UserError(
-            f"{path} is damaged or holds more than weights: copy or train it again"
+            f"{path} is damaged or holds more than weights{_why(error)}: copy or train it again"
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
 
 
+def _why(error: Exception) -> str:
+    """What our own checks found, in brackets; the words of others help nobody."""
+    return f" ({error})" if type(error) is ValueError and len(str(error)) < 200 else ""
+
+
 def strip_module_prefix(state: Mapping[str, Any]) -> dict[str, Any]:
     """Keys as saved from inside DataParallel wrappers -> plain keys."""
     return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def _check_sums(path: Path) -> None:
-    """Raises BadZipFile where a record's CRC-32 is wrong: `torch.load` does not look at them.
-
-    Takes half a second for a gigabyte. Files older than the zip format of torch 1.6 have no sums.
-    """
-    with zipfile.ZipFile(path) as archive:
-        if name := archive.testzip():
-            raise zipfile.BadZipFile(f"wrong checksum of {name}")
 
 
 def first_not_finite(content: Mapping[str, Any]) -> str:

@@ -14,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils import launcher
 from utils.errors import UserError
 
 # Rank 0 may scan a whole dataset while the others wait.
 TIMEOUT = timedelta(hours=2)
+JOINING = timedelta(minutes=10)  # from the first process to the last one, on all machines
 
 _host_group: Any = None  # for flags on the CPU; None is the default group
 _norm_group: Any = None  # of the norms, made when the first one asks
@@ -30,7 +32,8 @@ def init(local_rank: int | None = None) -> torch.device:
     program runs as a single process. `local_rank` is what the launcher passed as a flag, else
     LOCAL_RANK is read. NCCL on GPU, gloo on CPU. Raises UserError for more processes than GPUs.
     """
-    local = int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank
+    launcher.check_environment()
+    local = launcher.number("LOCAL_RANK", 0) if local_rank is None else local_rank
     cuda = torch.cuda.is_available()
     if cuda and local >= torch.cuda.device_count():
         raise UserError(
@@ -40,14 +43,15 @@ def init(local_rank: int | None = None) -> torch.device:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if launcher.is_launched():
         _join("nccl" if cuda else "gloo", device if cuda else None)
     return device
 
 
 def _join(backend: str, device_id: torch.device | None) -> None:
     global _host_group
-    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, rank, world = next(dist.rendezvous("env://", timeout=JOINING))
+    store.set_timeout(TIMEOUT)
     # torchrun's store outlives the processes: those it starts anew must not find the addresses
     # that dead ones left there.
     life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

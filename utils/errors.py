@@ -1,4 +1,9 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see, and how texts are shown."""
+
+
+def printable(text: str) -> str:
+    """Text of a file or a command line, what a terminal would obey written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UserError(Exception):
@@ -11,4 +16,4 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         _, _, tail = message.rpartition("UserError: ")
-        super().__init__(" ".join(tail.split()))
+        super().__init__(printable(" ".join(tail.split())))

@@ -9,7 +9,9 @@ import html
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.files import atomic_write
 from utils.pictures import save_png
 
@@ -150,6 +152,8 @@ class _TensorBoard:
     def __init__(self, logdir: Path, config: Mapping[str, Any], resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow, and only rank 0 needs it
 
+        self._folder = logdir
+        _keep_quiet_about_disks()
         # The mark of a start at 0 matters: TensorBoard drops nothing at the first mark it meets.
         self._writer = SummaryWriter(str(logdir), purge_step=resume_step, flush_secs=30)
         if config:
@@ -157,10 +161,12 @@ class _TensorBoard:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+            with self._one_line():
+                self._writer.add_scalar(tag, value, step)
 
     def image(self, tag: str, image: np.ndarray, step: int) -> None:
-        self._writer.add_image(tag, image, step, dataformats="HWC")
+        with self._one_line():
+            self._writer.add_image(tag, image, step, dataformats="HWC")
 
     def table(
         self, tag: str, header: Sequence[str], rows: Sequence[Sequence[object]], step: int
@@ -168,13 +174,42 @@ class _TensorBoard:
         self.text(tag, _markdown_table(header, rows), step)
 
     def text(self, tag: str, markdown: str, step: int) -> None:
-        self._writer.add_text(tag, markdown, step)
+        with self._one_line():
+            self._writer.add_text(tag, markdown, step)
 
     def flush(self) -> None:
-        self._writer.flush()
+        with self._one_line():
+            self._writer.flush()
 
     def close(self, failed: bool) -> None:
-        self._writer.close()
+        try:
+            with self._one_line():
+                self._writer.close()
+        except UserError:
+            if not failed:
+                raise
+
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """TensorBoard's thread hands on what stopped it, as a rule a full disk."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write logs to {self._folder} ({error.strerror or error}): make room, "
+                "choose another --logdir, or use --no_visualize"
+            ) from error
+
+
+def _keep_quiet_about_disks() -> None:
+    """Keep tracebacks of TensorBoard's thread from the terminal: the main thread says it."""
+    if threading.excepthook is threading.__excepthook__:
+
+        def hook(args: Any) -> None:
+            if not isinstance(args.exc_value, OSError):
+                threading.__excepthook__(args)
+
+        threading.excepthook = hook
 
 
 class _Wandb:
@@ -239,7 +274,10 @@ class _Wandb:
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    cells = [
+        [printable(str(cell).replace("\n", " ")).replace("|", "\\|") for cell in line]
+        for line in lines
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
@@ -248,7 +286,8 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
+            text = "\n".join(map(printable, self.format(record).split("\n")))
+            tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()  # a killed run leaves its lines in the file they were sent to
         except Exception:
             self.handleError(record)

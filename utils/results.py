@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.files import atomic_write
 
 NO_GROUND_TRUTH = "X"
@@ -60,7 +60,7 @@ def write_results(
         UserError: the disk is full, the folder not writable, or a file there is no result file.
     """
     per_class, mean_file = result_files(logdir, setting)
-    columns = [f"{index}:{name}" for index, name in enumerate(class_names)]
+    columns = [f"{index}:{printable(name)}" for index, name in enumerate(class_names)]
     unseen = [""] * (len(columns) - len(iou))
     row = dict(zip(LISTS, map(str, list_lengths or ()), strict=False))
     row["mean_iou"] = _text(means["with_background"])

@@ -174,10 +174,8 @@ def unfinish(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "value", "key"),
-    [
-        ("lr", 0.5, "initial_lr"), ("momentum", 0.5, "momentum"),
-        ("weight_decay", 0.1, "weight_decay"),
-    ],
+    [("lr", 0.5, "initial_lr"), ("momentum", 0.5, "momentum"),
+     ("weight_decay", 0.1, "weight_decay")],
 )  # fmt: skip
 def test_flags_of_the_optimizer_take_effect_on_going_on(finished, toy, flag, value, key):
     unfinish(finished)
