@@ -20,8 +20,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.files import Sample, Tree, read_image, read_mask
-from dataset.folder import SUFFIXES, Layout, collect_samples, folder_spec, index_files, read_layout
+from dataset.files import Sample, Tree, read_image
+from dataset.folder import SUFFIXES, collect_samples, folder_spec, index_files
+from dataset.layout import Layout, read_layout
 from dataset.spec import DatasetSpec
 from dataset.splits import step_indices
 from tasks import Task
@@ -119,7 +120,7 @@ def _inspect(spec: DatasetSpec, sample: Sample) -> tuple[list[int], list[str]]:
     except UserError as error:
         problems.append(str(error))
     try:
-        mask = read_mask(sample.mask)
+        mask = spec.read_mask(sample.mask)
         sizes.append(mask.size)
         counts = mask.histogram()
     except UserError as error:
