@@ -70,7 +70,8 @@ MEANT = {
     "coco": {
         0: "person", 10: "fire hydrant", 12: "stop sign", 23: "zebra", 24: "giraffe",
         25: "background", 26: "backpack", 45: "wine glass", 66: "dining table", 69: "toilet",
-        71: "tv", 72: "laptop", 83: "book", 89: "toothbrush", 91: "background", 181: "background", 255: None,
+        71: "tv", 72: "laptop", 83: "book", 89: "toothbrush", 91: "background",
+        181: "background", 255: None,
     },
     "camvid": {
         0: "sky", 1: "building", 2: "pole", 3: "road", 4: "pavement", 5: "tree", 6: "sign",
