@@ -56,7 +56,8 @@ def test_commands_parse(command: str, garden):
 
 
 OTHERS = {
-    "predict.py": predict, "report.py": report, "dataset.check": check, "dataset.splits": splits, "dataset.from_coco": from_coco,
+    "predict.py": predict, "report.py": report, "dataset.check": check, "dataset.splits": splits,
+    "dataset.from_coco": from_coco,
     "data/make_toy.py": None,
     **{f"benchmarks.{m.__name__.split('.')[-1]}": m
        for m in (ceilings, data, eval, loss, norm, startup, step)},
