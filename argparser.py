@@ -47,8 +47,8 @@ class Options:
     )  # fmt: skip
     dataset: str = flag("voc", "folder = docs/own_data.md", choices=(*DATASETS, OWN), group="run")
     data_root: str = _free(
-        "data", "folder that holds PascalVOC12 or ADEChallengeData2016, or dataset.json",
-        group="run",
+        "data", "folder that holds PascalVOC12, ADEChallengeData2016, ... (data/README.md), or "
+        "dataset.json", group="run",
     )  # fmt: skip
     task: str = flag("19-1", "B-I: B classes, then I at a time; or a fixed name", group="run")
     step: int = flag(

@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# Sourced by download_voc.sh and download_ade.sh: resumable downloads that are checked before use.
+# Sourced by the download_*.sh beside it: resumable downloads that are checked before use.
 
 export LC_ALL=C # one sort order everywhere
 unset CDPATH    # else cd would print

@@ -1,11 +1,9 @@
 """ADE20K in the form of SceneParse150: where the files lie."""
 
-import os
 from pathlib import Path
 
-from dataset.files import Sample, Tree
+from dataset.files import Sample, Tree, pair_by_name
 from dataset.spec import DatasetSpec
-from utils.errors import UserError
 
 FOLDER = "ADEChallengeData2016"
 FOLDERS = {"train": "training", "val": "validation"}
@@ -31,31 +29,10 @@ CLASS_NAMES = tuple(" ".join(_NAMES.split()).split(", "))
 
 
 def find_samples(data_root: Path, split: str) -> list[Sample]:
-    """Samples of a split ("train" or "val") sorted by file name.
-
-    Raises UserError where an image has no mask or a mask no image: positions in the list would no
-    longer be those that split lists mean.
-    """
+    """Samples of a split ("train" or "val") sorted by file name; see `pair_by_name`."""
     tree = Tree(data_root, FOLDER, CURE)
-    images = _stems(tree, f"images/{FOLDERS[split]}", ".jpg")
-    masks = _stems(tree, f"annotations/{FOLDERS[split]}", ".png")
-    where = os.path.join(data_root, FOLDER)
-    if not images:
-        raise UserError(f"{where}/images/{FOLDERS[split]} holds no .jpg image; {CURE}")
-    if orphans := sorted(masks - images):
-        raise UserError(f"{where}: mask {orphans[0]}.png of {FOLDERS[split]} has no image; {CURE}")
-    return [
-        Sample(
-            tree.find(f"images/{FOLDERS[split]}/{stem}.jpg", where),
-            tree.find(f"annotations/{FOLDERS[split]}/{stem}.png", where),
-        )
-        for stem in sorted(images)
-    ]
-
-
-def _stems(tree: Tree, folder: str, suffix: str) -> set[str]:
-    names = tree.files(os.path.join(tree.root, folder))
-    return {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
+    folder = FOLDERS[split]
+    return pair_by_name(tree, (f"images/{folder}", ".jpg"), (f"annotations/{folder}", ".png"), CURE)
 
 
 ADE = DatasetSpec(

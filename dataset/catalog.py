@@ -3,12 +3,16 @@
 from pathlib import Path
 
 from dataset.ade import ADE
+from dataset.camvid import CAMVID
+from dataset.cityscapes import CITYSCAPES
+from dataset.coco import COCO
 from dataset.folder import folder_spec
 from dataset.spec import DatasetSpec
 from dataset.voc import VOC
 from utils.errors import UserError
 
-DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in (VOC, ADE)}
+ROWS = (VOC, ADE, CITYSCAPES, COCO, CAMVID)
+DATASETS: dict[str, DatasetSpec] = {spec.name: spec for spec in ROWS}
 OWN = "folder"  # the data set that describes itself, in <data_root>/dataset.json
 
 

@@ -2,14 +2,15 @@
 
     python -m dataset.check DIR [--task 8-4 ...]
 
-prints a line per class, the number of training images of every step, and every problem with its
-file. The exit status is 1 if there is any problem.
+prints a line per class, the number of training images of every step, and every kind of problem with
+the first files that have it. The exit status is 1 if there is any problem.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -20,14 +21,18 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.files import Sample, Tree, read_image, read_mask
-from dataset.folder import SUFFIXES, Layout, collect_samples, folder_spec, index_files, read_layout
+from dataset.files import Sample, Tree, read_image
+from dataset.folder import SUFFIXES, collect_samples, folder_spec, index_files
+from dataset.layout import Layout, read_layout
 from dataset.spec import DatasetSpec
 from dataset.splits import step_indices
 from tasks import Task
 from utils.errors import UserError
 
 ORIENTATION = 0x0112  # EXIF tag; 1 = as stored
+SHOWN = 3  # problems of one kind that are printed
+# A quoted name (but no id and no colour), a path, a line number, a size, a number of pixels.
+VARYING = re.compile(r"'(?!\d+'|#)[^']*'|\S*[/.]\S*|\bline \d+|\d+x\d+|\d+ pixels")
 PICTURES = (".bmp", ".gif", ".jfif", ".jp2", ".tif", ".tiff", ".webp")  # which training ignores
 
 
@@ -42,10 +47,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         lines, problems = [], [str(error)]
     print("\n".join(lines))
-    for problem in problems:
+    for problem in summary(problems, str(options.root)):
         print(f"problem: {problem}")
     print(f"{len(problems) or 'no'} problem{'s' * (len(problems) != 1)}")
     return 1 if problems else 0
+
+
+def summary(problems: Sequence[str], root: str) -> list[str]:
+    """The problems, of each kind the first SHOWN and how many more there are.
+
+    Problems are of one kind if they differ in files, lines, sizes and counts of pixels only.
+    """
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(VARYING.sub("_", problem.replace(root, "")), []).append(problem)
+    lines = []
+    for same in kinds.values():
+        more = len(same) - SHOWN
+        lines += same if more <= 1 else [*same[:SHOWN], f"and {more} more of this kind"]
+    return lines
 
 
 def check(root: Path, tasks: Sequence[str] = ()) -> tuple[list[str], list[str]]:
@@ -119,7 +139,7 @@ def _inspect(spec: DatasetSpec, sample: Sample) -> tuple[list[int], list[str]]:
     except UserError as error:
         problems.append(str(error))
     try:
-        mask = read_mask(sample.mask)
+        mask = spec.read_mask(sample.mask)
         sizes.append(mask.size)
         counts = mask.histogram()
     except UserError as error:

@@ -1,7 +1,8 @@
-"""The files of a data set: found below its folder only, and read whole or refused."""
+"""The files of a data set: found below its folder, and read whole or refused."""
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +19,11 @@ class Sample(NamedTuple):
 
 
 class Tree:
-    """The files of one data set, none of them outside its folder.
+    """The files of one data set, below its folder.
 
-    `<data_root>/<folder>` may itself be a link, the user made it; below it, a link is followed only
-    to a file inside. Each folder is listed once, so looking up 20,000 files costs no 20,000 stats.
+    Links to files and folders are followed wherever they lead, since the user made them; a name
+    from a list file cannot leave the folder by itself. Each folder is listed once, so looking up
+    20,000 files costs no 20,000 stats.
     """
 
     def __init__(self, data_root: Path, folder: str, cure: str) -> None:
@@ -37,7 +39,7 @@ class Tree:
     def find(self, name: str, where: str) -> str:
         """Path of the regular file `name`, which is relative to the folder, `/` first or not.
 
-        Raises UserError, beginning with `where`, if it is missing or leads out of the folder.
+        Raises UserError, beginning with `where`, if it is missing or holds `..`.
         """
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if ".." in parts:
@@ -47,55 +49,102 @@ class Tree:
         if path is None:
             missing = os.path.join(self.root, *parts)[:300]
             raise UserError(f"{where}: no file {missing!r}; restore it, or {self._cure}")
-        if path == "":
-            raise UserError(f"{where}: {name[:200]!r} leads out of {self.root}; put a copy there")
         return path
 
     def files(self, folder: str) -> dict[str, str]:
-        """Name → path of the regular files in `folder`; an empty path where a link leads out."""
+        """Name → path of the regular files in `folder`; empty where there is no such folder."""
         if folder not in self._folders:
             try:
-                self._folders[folder] = self._scan(folder)
+                with os.scandir(folder) as entries:
+                    found = {entry.name: entry.path for entry in entries if _is_file(entry)}
             except (OSError, ValueError):  # no such folder, or a name that no folder can have
-                self._folders[folder] = {}
+                found = {}
+            self._folders[folder] = found
         return self._folders[folder]
 
-    def _scan(self, folder: str) -> dict[str, str]:
-        inside = self._contains(folder)
-        found = {}
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                link = entry.is_symlink()
-                # Devices and pipes are no files; a link counts as what it leads to.
-                if os.path.isfile(entry.path) if link else entry.is_file():
-                    safe = inside and (not link or self._contains(entry.path))
-                    found[entry.name] = entry.path if safe else ""
-        return found
+    def walk(self, folder: str = "") -> Iterator[str]:
+        """Paths, relative to the root, of all files below `folder`, folder by folder, sorted.
 
-    def _contains(self, path: str) -> bool:
-        return os.path.commonpath([os.path.realpath(path), self.root]) == self.root
+        Hidden files and folders are left out, and links to a folder that they lie in.
+        """
+        yield from self._walk(os.path.join(self.root, folder) if folder else self.root, ())
+
+    def _walk(self, folder: str, above: tuple[str, ...]) -> Iterator[str]:
+        real = os.path.realpath(folder)
+        if real in above or not os.path.isdir(folder):
+            return
+        for name, path in sorted(self.files(folder).items()):
+            if not name.startswith("."):
+                yield path[len(self.root) + 1 :]
+        with os.scandir(folder) as entries:
+            others = [e for e in entries if not e.is_file(follow_symlinks=False)]
+        for entry in sorted(others, key=lambda e: e.name):
+            if not entry.name.startswith("."):
+                yield from self._walk(entry.path, (*above, real))
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Devices and pipes are no files; a link counts as what it leads to, one to itself as none."""
+    return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+
+
+def pair_by_name(
+    tree: Tree, images: tuple[str, str], masks: tuple[str, str], cure: str
+) -> list[Sample]:
+    """Every image of a folder with the mask of the same name, by name, sorted.
+
+    `images` and `masks` are (folder, end of the file names); folders below them count, too, and
+    files with another end do not. Raises UserError where an image has no mask or a mask no image:
+    positions in the list would no longer be those that split lists mean.
+    """
+    (folder, end), (mask_folder, mask_end) = images, masks
+    stems, mask_stems = _stems(tree, *images), _stems(tree, *masks)
+    if not stems:
+        raise UserError(f"{tree.root}/{folder} holds no {end} image; {cure}")
+    if orphans := sorted(mask_stems - stems):
+        lonely = f"{mask_folder}/{orphans[0]}{mask_end}"
+        raise UserError(f"{tree.root}: mask {lonely} has no image; {cure}")
+    return [
+        Sample(
+            tree.find(f"{folder}/{stem}{end}", tree.root),
+            tree.find(f"{mask_folder}/{stem}{mask_end}", tree.root),
+        )
+        for stem in sorted(stems)
+    ]
+
+
+def _stems(tree: Tree, folder: str, end: str) -> set[str]:
+    names = (name[len(folder) + 1 :] for name in tree.walk(folder))
+    return {name.removesuffix(end) for name in names if name.endswith(end)}
 
 
 def read_image(path: str) -> Image.Image:
     """The decoded JPEG or PNG as RGB. Raises UserError naming a file that cannot be decoded."""
-    image = _decode(path, ("JPEG", "PNG"))
+    image, _ = decode(path, ("JPEG", "PNG"))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_mask(path: str) -> Image.Image:
-    """The decoded PNG mask; its pixels are labels.
+    """The decoded PNG mask of a data set without a table: its pixels are labels.
+
+    `DatasetSpec.read_mask` reads any mask of a data set.
 
     Raises UserError naming a file that cannot be decoded or is neither palette nor 8-bit grey.
     """
-    mask = _decode(path, ("PNG",))
+    mask, _ = decode(path, ("PNG",))
     if mask.mode not in ("P", "L"):
         raise UserError(
-            f"mask {path} has mode {mask.mode}: save it as a palette or 8-bit grey PNG of labels"
+            f"mask {path} has mode {mask.mode}: save it as a palette or 8-bit grey PNG of labels, "
+            "or name its ids or colours in dataset.json (docs/own_data.md)"
         )
     return mask
 
 
-def _decode(path: str, formats: tuple[str, ...]) -> Image.Image:
+def decode(path: str, formats: tuple[str, ...]) -> tuple[Image.Image, bytes]:
+    """The decoded image and the bytes of its file; PNG checksums are verified.
+
+    Raises UserError naming a file that cannot be decoded.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -108,4 +157,4 @@ def _decode(path: str, formats: tuple[str, ...]) -> Image.Image:
         raise UserError(
             f"{path} cannot be read as {' or '.join(formats)} ({error}): restore the file"
         ) from error
-    return image
+    return image, data

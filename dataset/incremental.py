@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from dataset.draws import AUGMENT, generator
-from dataset.files import Sample, read_image, read_mask
+from dataset.files import Sample, read_image
 from dataset.spec import DatasetSpec
 from dataset.transform import Transform
 from tasks import Task
@@ -47,7 +47,7 @@ class IncrementalSegmentation(Dataset[tuple[Tensor, Tensor]]):
     position in the data set's list alone, not on workers, processes or restarts.
 
     Raises on reading:
-        UserError: an unreadable or damaged file, a mask that is no 8-bit index map, a mask of
+        UserError: an unreadable or damaged file, a mask of an unfitting kind, a mask of
             another size than its image, a label that the data set does not have.
     """
 
@@ -75,7 +75,7 @@ class IncrementalSegmentation(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, i = key if isinstance(key, tuple) else (0, key)
         image_path, mask_path = map(os.fsdecode, self._paths[i])
-        image, mask = read_image(image_path), read_mask(mask_path)
+        image, mask = read_image(image_path), self.spec.read_mask(mask_path)
         if image.size != mask.size:
             raise UserError(
                 f"image {image_path} is {image.width}x{image.height} but its mask {mask_path} is "

@@ -8,13 +8,13 @@ Several may mean one class. What the table does not name is an error, unless it 
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 
+from dataset.files import decode
 from utils.constants import IGNORE_INDEX
 from utils.errors import UserError
 
@@ -46,29 +46,38 @@ class LabelTable:
         if len(classes) > UNKNOWN:
             raise UserError(f"{len(classes)} classes: at most {UNKNOWN} are possible")
         self.by_colour = any(key.startswith("#") for key in labels)
+        self._name = "colors" if self.by_colour else "labels"  # the key of dataset.json
         table: dict[int, int] = {}
         ignored = [(str(key), None) for key in ignore]
         for key, name in [*labels.items(), *ignored]:
             code = self._parse(key)
             if code in table:
-                raise UserError(f"{key!r} stands twice in 'labels' and 'ignore': name it once")
+                raise UserError(
+                    f"{key!r} stands twice in {self._name!r} and 'ignore': name it once"
+                )
             if name is not None and name not in positions:
                 raise UserError(
-                    f"'labels' maps {key!r} to {name!r}: use one of 'classes', or list {key!r} "
-                    "under 'ignore'"
+                    f"{self._name!r} maps {key!r} to {name!r}: use one of 'classes', "
+                    f"or list {key!r} under 'ignore'"
                 )
             table[code] = IGNORE_INDEX if name is None else positions[name]
         if unnamed := sorted({*positions.values()} - {0, *table.values()}):
             raise UserError(
-                f"class {classes[unnamed[0]]!r} has no id and no colour in 'labels': add one, or "
-                "leave the class out"
+                f"class {classes[unnamed[0]]!r} has no entry in {self._name!r}: add one, or leave "
+                "the class out"
             )
+        self.entries = tuple(sorted(table.items()))  # what the table says, to tell it from another
         self._keys = np.array(sorted(table), dtype=np.uint32)
         self._positions = np.array([table[code] for code in sorted(table)], dtype=np.uint8)
         if not self.by_colour:  # few enough to have one entry for each that there may be
             every = np.full(2**16, UNKNOWN, dtype=np.uint8)
             every[self._keys] = self._positions
             self._positions = every
+
+    @property
+    def void(self) -> int | None:
+        """255 if the table ignores anything, else None: the label that pixels of no class get."""
+        return IGNORE_INDEX if IGNORE_INDEX in dict(self.entries).values() else None
 
     def read(self, path: str) -> np.ndarray:
         """The PNG mask at `path` as uint8 (H W): positions of classes, 255 where ignored.
@@ -79,7 +88,8 @@ class LabelTable:
         Raises UserError for a file that cannot be decoded, a mask of the wrong kind, and an id or a
         colour that the table does not have.
         """
-        image, bits = _decode(path)
+        image, data = decode(path, ("PNG",))
+        bits = data[24]  # per channel: of the header, which is the first chunk
         if bits == 16 and (self.by_colour or not image.mode.startswith("I")):
             raise UserError(
                 f"mask {path} has 16 bits per channel: save colours with 8 bits, ids as grey"
@@ -108,7 +118,7 @@ class LabelTable:
             return int(key)
         wanted = "colours as '#rrggbb'" if self.by_colour else "ids from '0' to '65535'"
         raise UserError(
-            f"{key!r} in 'labels' or 'ignore' is wrong: use {wanted}, either ids or colours "
+            f"{key!r} in {self._name!r} or 'ignore' is wrong: use {wanted}, either ids or colours "
             "throughout"
         )
 
@@ -122,7 +132,8 @@ class LabelTable:
         others = f" and {len(values) - 1} others" if len(values) > 1 else ""
         return UserError(
             f"mask {path} holds the {kind} {name} ({counts[most]} pixels){others}, unknown to the "
-            f"table: add {name!r} with its class to 'labels', or to 'ignore', or correct the mask"
+            f"table: add {name!r} with its class to {self._name!r}, or to 'ignore', or "
+            "correct the mask"
         )
 
 
@@ -149,17 +160,3 @@ def _ids(image: Image.Image, bits: int, path: str) -> np.ndarray:
             "'#rrggbb' there, or save the mask as grey or palette PNG of ids"
         )
     return grey
-
-
-def _decode(path: str) -> tuple[Image.Image, int]:
-    """The decoded PNG and its bits per channel. Raises UserError if it cannot be decoded."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        # The decoder skips the checksums of pixel data; checking them uses up the image.
-        Image.open(io.BytesIO(data), formats=["PNG"]).verify()
-        image = Image.open(io.BytesIO(data), formats=["PNG"])
-        image.load()
-    except Exception as error:  # a decoder raises nearly anything when a file is damaged
-        raise UserError(f"{path} cannot be read as PNG ({error}): restore the file") from error
-    return image, data[24]  # of the header, which is the first chunk

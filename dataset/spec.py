@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from dataset.files import Sample
+from dataset.files import Sample, read_mask
+from dataset.labels import LabelTable
 from tasks import Family, Task, get_task, parse_task
 from utils.errors import UserError
 
@@ -23,6 +25,7 @@ class DatasetSpec:
             is "train" or "val". Raises UserError for what is missing.
         partition: Every training image belongs to one step, overlapped or not (ADE).
         joined: Tasks whose steps are, by definition, those of a finer task joined: name → finer.
+        table: What the ids or colours of its masks mean; None where a pixel is the label itself.
         family: Its tasks, where `tasks.py` does not know them by the data set's name.
     """
 
@@ -33,7 +36,17 @@ class DatasetSpec:
     find_samples: Callable[[Path, str], list[Sample]]
     partition: bool = False
     joined: Mapping[str, str] | None = None
+    table: LabelTable | None = None
     family: Family | None = None
+
+    def read_mask(self, path: str) -> Image.Image:
+        """The mask at `path`; its pixels are labels of this data set, or foreign ones.
+
+        Raises UserError for a mask that cannot be read or that the table does not fit.
+        """
+        if self.table is None:
+            return read_mask(path)
+        return Image.fromarray(self.table.read(path))
 
     def task(self, name: str) -> Task:
         """The task called `name`. Raises UserError if there is none."""

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.catalog import DATASETS, OWN, get_spec
-from dataset.files import Sample, read_mask
+from dataset.files import Sample
 from dataset.spec import DatasetSpec
 from tasks import Task, get_task
 from utils.errors import UserError
@@ -193,7 +193,7 @@ def presence_table(spec: DatasetSpec, samples: Sequence[Sample], cache: Path) ->
 
 def _labels_in(spec: DatasetSpec, mask_path: str) -> np.ndarray:
     """(256,) bool: labels in a mask."""
-    histogram = read_mask(mask_path).histogram()
+    histogram = spec.read_mask(mask_path).histogram()
     spec.check_labels(mask_path, histogram)
     return np.array(histogram) > 0
 
@@ -212,8 +212,10 @@ def _read_presence(cache: Path, shape: tuple[int, int]) -> np.ndarray | None:
 
 
 def fingerprint(spec: DatasetSpec, samples: Sequence[Sample]) -> str:
-    """16 hex digits that change with the train list, or with size or time of any mask."""
+    """16 hex digits that change with train list, label table, or size or time of any mask."""
     digest = hashlib.sha256(f"{spec.name} {spec.num_classes}\n".encode())
+    if spec.table is not None:
+        digest.update(repr(spec.table.entries).encode())
     for sample in samples:
         stat = os.stat(sample.mask)
         name = os.path.basename(sample.mask)

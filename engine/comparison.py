@@ -151,7 +151,7 @@ def _sizes(dataset: str, task: str, classes: int, runs: Iterable[Run]) -> tuple[
     """Classes per step: as the task's name says, else as the rows of the file show."""
     try:
         if dataset in DATASETS:
-            found = get_task(dataset, task)
+            found = DATASETS[dataset].task(task)
         else:
             found = parse_task(dataset, task, Family(classes - 1))
         return tuple(map(len, found.steps))

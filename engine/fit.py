@@ -93,7 +93,7 @@ def survey(context: Context, training: Training, loader: DataLoader[Any]) -> Non
     asked to stop; the pass then starts over.
     """
     training.batches.set_epoch(0)
-    tune_convolutions(context, same_size=True)
+    tune_convolutions(context, training=False)
     where = "in the pass before epoch 1; --continue_ckpt repeats it"
     batches = until_stopped(workers.start(loader), len(training.batches), lambda: where)
     totals: dict[str, Tensor] = {}

@@ -15,7 +15,7 @@ import predict
 import report
 from argparser import get_parser, parse
 from benchmarks import ceilings, data, eval, loss, norm, startup, step
-from dataset import check, splits
+from dataset import check, from_coco, splits
 from methods.table import METHODS, Method
 from tests.conftest import ROOT
 from utils.flags import Switch, flags_of
@@ -59,6 +59,7 @@ def test_commands_parse(command: str, garden):
 
 OTHERS = {
     "predict.py": predict, "report.py": report, "dataset.check": check, "dataset.splits": splits,
+    "dataset.from_coco": from_coco,
     "data/make_toy.py": None,
     **{f"benchmarks.{m.__name__.split('.')[-1]}": m
        for m in (ceilings, data, eval, loss, norm, startup, step)},

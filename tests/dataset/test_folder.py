@@ -20,7 +20,8 @@ from dataset import splits
 from dataset.build import build_datasets
 from dataset.catalog import get_spec
 from dataset.check import check, main
-from dataset.folder import collect_samples, read_layout
+from dataset.folder import collect_samples
+from dataset.layout import read_layout
 from tests.conftest import ROOT
 from tests.trees import PHOTOGRAPHS, mask_of, needs_photographs, write_pair
 from utils.errors import UserError
@@ -185,15 +186,21 @@ def test_what_is_no_json_object_is_one_line(own, content):
         get_spec("folder", own)
 
 
-def test_links_may_lead_to_the_folders_but_not_out_of_them(own, tmp_path_factory):
+def test_links_may_lead_to_the_folders_and_out_of_them(own, tmp_path_factory):
     other = tmp_path_factory.mktemp("disk")
     (own / "images").rename(other / "pictures")
     (own / "images").symlink_to(other / "pictures")
     assert stems(own, "train") == ["a", "b", "c", "d"]
     (own / "masks/a.png").rename(other / "a.png")
     (own / "masks/a.png").symlink_to(other / "a.png")
-    with pytest.raises(UserError, match="leads out of"):
-        stems(own, "train")
+    (other / "pictures/deep").rename(other / "deep")
+    (other / "pictures/deep").symlink_to(other / "deep")
+    assert stems(own, "train") == ["a", "b", "c", "d"]
+    assert check(own)[1] == []
+    for line in ("../masks/a", "deep/../a", str(own / "images/a.jpg")):
+        (own / "train.txt").write_text(line)
+        with pytest.raises(UserError, match="line 1: no image"):
+            stems(own, "train")
 
 
 def test_check_counts_images_pixels_and_steps(own):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.incremental import read_mask
+from dataset.files import read_mask
 from dataset.labels import LabelTable
 from tests.conftest import ROOT
 from utils.errors import UserError

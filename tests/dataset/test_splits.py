@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataset import spec as spec_module
 from dataset import splits as splits_module
 from dataset.ade import ADE
 from dataset.catalog import get_spec
@@ -45,7 +46,7 @@ def indices(root: Path, work: Path, step: int = 0, overlap: bool = True, task: T
 
 def no_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, opening a mask is a failure."""
-    monkeypatch.setattr(splits_module, "read_mask", lambda path: pytest.fail(f"opened {path}"))
+    monkeypatch.setattr(spec_module, "read_mask", lambda path: pytest.fail(f"opened {path}"))
 
 
 # --- from class presence to lists ---
