@@ -51,9 +51,7 @@ class Options:
         "dataset.json", group="run",
     )  # fmt: skip
     task: str = flag("19-1", "B-I: B classes, then I at a time; or a fixed name", group="run")
-    step: int = flag(
-        "0", "steps to learn, one after the other: 2, 0-5, 0,2 or all", group="run"
-    )
+    step: int = flag("0", "steps to learn, one after the other: 2, 0-5, 0,2 or all", group="run")
     overlap: bool = flag(
         False, "overlapped setting (also --overlapped)", resume="identity", group="run"
     )
@@ -77,9 +75,7 @@ class Options:
     ckpt: str | None = _free(
         None, "checkpoint for --test or --continue_ckpt instead of the run's own", group="run"
     )
-    continue_ckpt: bool = _free(
-        False, "go on with an interrupted run of this step", group="run"
-    )
+    continue_ckpt: bool = _free(False, "go on with an interrupted run of this step", group="run")
     random_seed: int = flag(
         DEFAULT_SEED, "of weights and data", parse=number(int, 0, 2**63 - 1), resume="identity",
         group="run",
@@ -89,9 +85,7 @@ class Options:
         parse=number(int, 0), group="run",
     )  # fmt: skip
     deterministic: bool = _free(False, "same bits every time on CUDA; slower", group="run")
-    local_rank: int | None = _free(
-        None, "set by the launcher", parse=number(int, 0), group="run"
-    )
+    local_rank: int | None = _free(None, "set by the launcher", parse=number(int, 0), group="run")
 
     epochs: int = flag(
         30, "passes over a step's images; 'a,b': a at step 0, b later",

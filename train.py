@@ -108,6 +108,31 @@ class LogPoint:
     waiting: float  # share of the time that this rank waited for its data, 0 to 1
 
 
+class Clock:
+    """Images a second and the share of waiting for data, since the last log point."""
+
+    def __init__(self) -> None:
+        self.images, self.waited, self.begun = 0, 0.0, time.perf_counter()
+
+    def wait_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; the time until each of them is there counts as waiting."""
+        source, end = iter(batches), object()
+        while True:
+            asked = time.perf_counter()
+            batch = next(source, end)
+            self.waited += time.perf_counter() - asked
+            if batch is end:
+                return
+            yield cast(Batch, batch)
+
+    def lap(self) -> tuple[float, float]:
+        """(images a second over all ranks, share of waiting on this one); starts over."""
+        passed = time.perf_counter() - self.begun
+        found = self.images * distributed.world_size() / passed, self.waited / passed
+        self.images, self.waited, self.begun = 0, 0.0, time.perf_counter()
+        return found
+
+
 def train_epoch(
     learner: Learner,
     objective: Objective,
@@ -123,41 +148,24 @@ def train_epoch(
     """Train over `batches`, the first of which is iteration `start` of the epoch.
 
     `on_iteration` is called after every iteration with the number done in this epoch, `on_log`
-    every `interval` of them and after the last one. Returns the mean of each term over the
-    iterations run here. Raises UserError for a loss that is not finite, and passes on Interrupted,
-    which `batches` may raise to end the epoch early.
+    every `interval` of them and after the last. Returns each term's mean. Raises UserError for a
+    loss that is not finite; passes on Interrupted, raised by `batches`.
     """
     objective.student.train()
-    log, means, counts = TermLog(epoch, start), [], []
-    begun, seen, done, waited = time.perf_counter(), 0, start, 0.0
-
-    def timed() -> Iterator[Batch]:
-        nonlocal waited
-        source, end = iter(batches), object()
-        while True:
-            asked = time.perf_counter()
-            batch = next(source, end)
-            waited += time.perf_counter() - asked
-            if batch is end:
-                return
-            yield cast(Batch, batch)
+    log, means, counts, clock, done = TermLog(epoch, start), [], [], Clock(), start
+    there = to_device(clock.wait_for(batches), device)
 
     def log_point() -> None:
-        nonlocal begun, seen, waited
-        if not log.rows:
-            return
-        lr = float(learner.scheduler.get_last_lr()[-1])
-        counts.append(len(log.rows))
-        means.append(log.drain())
-        passed = time.perf_counter() - begun
-        rate = seen * distributed.world_size() / passed
-        on_log(LogPoint(done, means[-1], lr, rate, waited / passed))
-        begun, seen, waited = time.perf_counter(), 0, 0.0
+        if log.rows:
+            counts.append(len(log.rows))
+            means.append(log.drain())
+            lr = learner.scheduler.get_last_lr()[-1]
+            on_log(LogPoint(done, means[-1], float(lr), *clock.lap()))
 
     try:
-        for images, labels in to_device(timed(), device):
+        for done, (images, labels) in enumerate(there, start + 1):
             log.add(learner.step(objective, images, labels))
-            done, seen = done + 1, seen + len(images)
+            clock.images += len(images)
             on_iteration(done)
             if done % interval == 0:
                 log_point()

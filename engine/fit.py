@@ -125,22 +125,20 @@ def run_epoch(
         total=iterations, initial=first, desc=f"epoch {epoch + 1}/{opts.epochs}", unit="it",
         disable=None if distributed.is_main() else True, leave=False,
     ) as bar:  # fmt: skip
-
         def on_iteration(iteration: int) -> None:
             bar.update(1)
             progress.iteration = iteration
 
         def on_log(point: LogPoint) -> None:
-            loss = sum(point.terms.values())
             waiting.append(point.waiting)
+            loss = sum(point.terms.values())
             bar.set_postfix(loss=f"{loss:.3f}", img_s=f"{point.images_per_second:.1f}")
-            values = {f"train/{name}": value for name, value in point.terms.items()}
-            values |= {
-                "train/loss": loss, "train/lr": point.lr,
-                "train/images_per_second": point.images_per_second,
-                "train/waiting": point.waiting,
+            values = {
+                **point.terms, "loss": loss, "lr": point.lr, "waiting": point.waiting,
+                "images_per_second": point.images_per_second,
             }  # fmt: skip
-            logger.scalars(values, epoch * iterations + point.iteration)
+            tags = {f"train/{name}": value for name, value in values.items()}
+            logger.scalars(tags, epoch * iterations + point.iteration)
 
         means = train_epoch(
             training.learner, training.objective, batches, context.device,

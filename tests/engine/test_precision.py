@@ -33,6 +33,7 @@ def content_of(learner) -> dict:
         "optimizer_state": learner.optimizer.state_dict(), "total_iterations": 0,
         "scheduler_state": learner.scheduler.state_dict(), "random_state": torch.get_rng_state(),
         "scaler_state": learner.precision.scaler.state_dict(), "iterations_per_epoch": 10,
+        "options": parse([])[0].opts.record(),
     }  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def test_a_run_goes_on_in_another_precision(before, after):
         written.precision.scaler.load_state_dict(
             written.precision.scaler.state_dict() | {"scale": 512.0}
         )
-    restore(content_of(written), read, {"iterations_per_epoch": 10})
+    restore(content_of(written), read, {"iterations_per_epoch": 10}, parse([])[0].opts)
     kept = before is after is torch.float16
     fresh = 2.0**16 if after is torch.float16 else 1.0
     assert read.precision.scaler.get_scale() == (512.0 if kept else fresh)
