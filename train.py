@@ -149,7 +149,7 @@ def train_epoch(
 
     `on_iteration` is called after every iteration with the number done in this epoch, `on_log`
     every `interval` of them and after the last. Returns each term's mean. Raises UserError for a
-    loss that is not finite; passes on Interrupted, raised by `batches`.
+    loss that is not finite, and Interrupted as `batches` does.
     """
     objective.student.train()
     log, means, counts, clock, done = TermLog(epoch, start), [], [], Clock(), start
@@ -159,8 +159,8 @@ def train_epoch(
         if log.rows:
             counts.append(len(log.rows))
             means.append(log.drain())
-            lr = learner.scheduler.get_last_lr()[-1]
-            on_log(LogPoint(done, means[-1], float(lr), *clock.lap()))
+            lr = float(learner.scheduler.get_last_lr()[-1])
+            on_log(LogPoint(done, means[-1], lr, *clock.lap()))
 
     try:
         for done, (images, labels) in enumerate(there, start + 1):

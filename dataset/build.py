@@ -47,22 +47,14 @@ def build_datasets(
 ) -> StepDatasets:
     """The data of `step`, with the labels that training and evaluation see there.
 
-    The test uses the val list, or with `val_on_trainset` the train list. So does validation, unless
-    `cross_val` holds out a fifth of the step's training images for it.
-
-    Args:
-        masking: Training sees no labels of old classes; if False it does.
-        crop_val: Validation and test see the central `crop_size`² of an image; if False the whole
-            image. Sizes then differ, and a batch can hold only one.
-        workdir: Where given split lists are looked for and the scan of the masks is cached. With
-            several processes, call this in one of them first.
-
-    Raises:
-        UserError: a step out of range, a negative seed, missing or unfitting files.
+    Test and validation use the val list, with `val_on_trainset` the train list; with `cross_val`
+    validation uses a fifth of the step's training images, which training goes without. Without
+    `masking` training sees labels of old classes. Without `crop_val` whole images are evaluated,
+    one in a batch. Given split lists and the cached scan of the masks lie under `workdir`: with
+    several processes, call this in one of them first. Raises UserError for a step out of range and
+    for missing or unfitting files.
     """
     check_step(task, step)
-    if seed < 0:
-        raise UserError(f"random seed {seed} is negative: use --random_seed 0 or more")
     train_samples = spec.find_samples(data_root, "train")
     val_samples = spec.find_samples(data_root, "val")
     train_indices = training_indices(spec, data_root, task, step, overlap, workdir)
