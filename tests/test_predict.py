@@ -42,7 +42,8 @@ def write_checkpoint(path: Path, knows_itself: bool = True, **changes) -> Path:
         torch.nn.init.normal_(classifier.weight, std=1.0)
     content = {"model_state": model.state_dict()}
     if knows_itself:
-        content |= {"options": opts.record(), "steps": steps, **changes}
+        options = opts.record() | {"step": len(steps) - 1}
+        content |= {"options": options, "steps": steps, **changes}
     checkpoint.save(path, content)
     return path
 
@@ -204,7 +205,7 @@ def test_checkpoints_of_the_reference_need_to_be_told(tmp_path, capsys):
 def test_names_of_own_data_come_out_of_the_checkpoint(tmp_path):
     names = [f"thing {i}" for i in range(13)]
     opts = parse_run(FLAGS)[0].opts
-    options = {**opts.record(), "dataset": "folder", "task": "own", "data_root": "/gone"}
+    options = {**opts.record(), "step": 1, "dataset": "folder", "task": "own", "data_root": "/gone"}
     own = write_checkpoint(tmp_path / "own.pth", options=options, class_names=names)
     picture(64, 64).save(tmp_path / "x.png")
     assert run(own, tmp_path / "out", tmp_path / "x.png", "--scores") == 0
@@ -375,7 +376,7 @@ def test_the_size_is_that_of_the_test_unless_told(ckpt, tmp_path, monkeypatch):
         return network_size(width, height, shorter)
 
     monkeypatch.setattr(predict, "network_size", spy)
-    options = {**parse_run(FLAGS)[0].opts.record(), "crop_val": False}
+    options = {**parse_run(FLAGS)[0].opts.record(), "step": 1, "crop_val": False}
     whole = write_checkpoint(tmp_path / "whole.pth", options=options)
     for path, flags in ((ckpt, []), (ckpt, ["--size", 32]), (ckpt, ["--size", 0]), (whole, [])):
         assert run(path, tmp_path / "out", tmp_path / "x.png", *flags) == 0

@@ -247,7 +247,7 @@ def test_compiled_training_computes_the_same(work, toy, world: int):
 
 
 def test_both_processes_stop_with_one_line_of_ours(work, toy):
-    done = launch(["torch.distributed.run"], work, work / "nothing", "--name", "a")
+    done = launch(["torch.distributed.run"], work, work / "nothing", "--name", "x")
     assert done.returncode != 0
     ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(ours) == 1

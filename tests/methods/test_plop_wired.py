@@ -262,7 +262,7 @@ def test_pseudo_labels_need_softmax():
 def test_step_0_is_shared_with_ft():
     plans = parse(["--task", "15-5", "--step", "all", "--method", "ft,plop,mib+ewf,Plop+LGKD"])
     assert [(plan.opts.name, plan.opts.step, plan.opts.base) for plan in plans] == [
-        ("Experiment-base", 0, "Experiment-base"),
-        *((f"Experiment-{name}", 1, "Experiment-base")
+        ("base", 0, "base"),
+        *((name, 1, "base")
           for name in ("FT", "PLOP", "MIB+EWF", "PLOP+LGKD")),
     ]  # fmt: skip

@@ -113,7 +113,7 @@ def test_weights_that_overflow_are_not_written(fresh, toy):
     flags = ["--data_root", toy, "--step", 1, "--method", "FT", "--batch_size", 2]
     assert go(folder, *flags, "--epochs", 1).status == [0]
     before = checkpoint_path(folder, 1).read_bytes()
-    failed = launch(folder, *flags, "--epochs", 2, "--lr", 1e30).wait()
+    failed = launch(folder, *flags, "--epochs", 2, "--lr", 1e30, "--restart").wait()
     assert failed.status == [1]
     assert "finite" in failed.output or "is nan" in failed.output
     assert checkpoint_path(folder, 1).read_bytes() == before

@@ -48,7 +48,7 @@ def test_a_blended_checkpoint_is_not_trained_on(fresh, toy):
     assert not difference(read(folder, 1), before)
     more = learn(folder, toy, METHOD, 1, "--continue_ckpt", "--epochs", 4).wait()
     assert more.status == [1]
-    assert "--ewf has blended" in more.output
+    assert "is of a finished run with --epochs 3" in more.output
     assert "Traceback" not in more.output
 
 
