@@ -45,8 +45,8 @@ def test_teacher_and_maps_only_where_a_term_asks(name: str):
     assert tuple(losses.terms) == objective.names
     asks = any((method.loss_kd, method.loss_de, method.icarl, method.pod, method.lgkd_old))
     assert len(teacher.asked) == asks
-    maps = {"ILT": ("mod5",), "P": ("mod2", "mod3", "mod4", "mod5", "pre_logits")}
-    assert student.asked == [maps.get("P" if method.pod else name, ())]
+    pod = ("mod2", "mod3", "mod4", "mod5", "pre_logits")
+    assert student.asked == [pod if method.pod else ("mod5",) if method.loss_de else ()]
 
 
 def test_no_teacher_at_step_0():
