@@ -25,10 +25,10 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from argparser import Options
-from argparser import parse as parse_run
 from dataset.catalog import DATASETS, get_spec
 from dataset.transform import normalize, resize
 from engine.checkpoint import load
+from engine.plans import parse as parse_run
 from methods.averaging import average_probabilities, predict_average, versions
 from modules.norm import get_norm
 from modules.structures import STRUCTURES

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import argparser
+from engine.plans import parse
 from utils import launcher
 from utils.errors import UserError
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launcher.check_environment()
         launcher.end_with_launcher()
-        plans = argparser.parse(sys.argv[1:] if argv is None else list(argv))
+        plans = parse(sys.argv[1:] if argv is None else list(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

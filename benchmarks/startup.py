@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import argparser
 import run
 import train
 from benchmarks.harness import Sample, Work, compare, parser, report, start
 from dataset.catalog import get_spec
+from engine.plans import parse
 from modules.norm import get_norm
 from segmentation_module import make_model
 
@@ -54,7 +54,7 @@ def run_until_first_iteration(argv: list[str]) -> None:
 
 def plain_until_first_iteration(argv: list[str]) -> None:
     """A start without lists, from scratch."""
-    ((opts, _),) = argparser.parse(argv)
+    ((opts, _),) = parse(argv)
     spec = get_spec(opts.dataset, opts.data_root)
     task = spec.task(opts.task)
     samples = spec.find_samples(Path(opts.data_root), "train")

@@ -23,13 +23,13 @@ from typing import cast, get_args
 import torch
 from torch import Tensor
 
-import argparser
 import train
 from benchmarks import loss
 from benchmarks.harness import Row, Work, alone, compare, parser, report, start
 from dataset.transform import normalize
 from engine.build import build_learner, new_model
 from engine.context import Context
+from engine.plans import parse
 from methods import groups
 from methods.objective import Objective, make_objective
 from modules import norm
@@ -48,7 +48,7 @@ Batch = tuple[Tensor, Tensor]
 def context_of(flags: tuple[str, ...], device: str) -> Context:
     """What the program makes of its flags, at step 1 unless they say otherwise."""
     argv = ["--method", "MIB", "--step", "1", "--no-pretrained", "--norm_act", "iabn", *flags]
-    ((opts, _),) = argparser.parse(argv)
+    ((opts, _),) = parse(argv)
     return Context.of(opts, torch.device(device))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from argparser import Options, Plan
+from argparser import Options
 from engine.build import build_data, build_training, start_workers
 from engine.comparison import as_text, collect
 from engine.context import Context
@@ -22,6 +22,7 @@ from engine.identity import CONCLUDED, DONE, as_trained, state, state_for_all, s
 from engine.logs import open_logger
 from engine.outcome import Tested, load_tested, test
 from engine.paths import log_folder, own_checkpoint, setting
+from engine.plans import Plan
 from engine.resume import load_resumed
 from utils import distributed, workers
 from utils.compiled import check_compiler, reset_compiler

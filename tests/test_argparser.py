@@ -7,7 +7,7 @@ import re
 import pytest
 
 from argparser import get_parser
-from argparser import parse as parse_all
+from engine.plans import parse as parse_all
 from methods.groups import pixel_terms
 from methods.table import METHODS
 from tests.conftest import ROOT

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 import predict
-from argparser import parse as parse_run
 from dataset.transform import EvalTransform, normalize, to_tensor
 from dataset.voc import VOC
 from engine.checkpoint import load
+from engine.plans import parse as parse_run
 from methods.averaging import average_probabilities, predict_average, versions
 from modules.norm import get_norm
 from predict import main, network_size, read_rgb, read_size

@@ -13,9 +13,10 @@ from PIL import Image
 
 import predict
 import report
-from argparser import get_parser, parse
+from argparser import get_parser
 from benchmarks import ceilings, data, eval, loss, norm, startup, step
 from dataset import check, from_coco, splits
+from engine.plans import parse
 from methods.table import METHODS, Method
 from tests.conftest import ROOT
 from utils.flags import Switch, flags_of

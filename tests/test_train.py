@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from argparser import parse
 from engine.build import build_learner
+from engine.plans import parse
 from methods.groups import FeatureDistillation, PixelTerms
 from methods.loss import UnbiasedCrossEntropy, UnbiasedKnowledgeDistillation, WeightedTerm
 from methods.objective import Losses, Objective

@@ -15,13 +15,13 @@ from PIL import Image
 import predict
 import report
 import run
-from argparser import parse
 from dataset import splits
 from dataset.build import build_datasets
 from dataset.catalog import get_spec
 from dataset.check import check, main
 from dataset.folder import collect_samples
 from dataset.layout import read_layout
+from engine.plans import parse
 from tests.conftest import ROOT
 from tests.trees import PHOTOGRAPHS, mask_of, needs_photographs, write_pair
 from utils.errors import UserError

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from argparser import parse
 from engine import build
 from engine.build import build_learner, tune_convolutions
+from engine.plans import parse
 from engine.resume import restore
 from engine.session import use_true_float32
 from modules.norm import get_norm

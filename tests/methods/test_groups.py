@@ -71,7 +71,7 @@ def test_a_group_from_outside_trains_a_step(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(groups, "GROUPS", (*GROUPS, make))
     monkeypatch.setitem(METHODS, "INNER", Method("INNER", "a test"))
-    monkeypatch.setattr("argparser.METHODS", METHODS)
+    monkeypatch.setattr("engine.plans.METHODS", METHODS)
     toy = make_toy(tmp_path / "toy")
     monkeypatch.chdir(tmp_path)
     argv = ["--data_root", str(toy), *SMALL, "--step", "all"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from argparser import parse
+from engine.plans import parse
 from methods import pseudo_labels
 from methods.features import label_guided_distillation
 from methods.fusion import fusion_rate

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from argparser import parse
+from engine.plans import parse
 from methods import groups
 from methods.objective import make_objective
 from methods.regularizer import make_regularizers
