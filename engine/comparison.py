@@ -168,22 +168,31 @@ def _sizes(dataset: str, task: str, classes: int, runs: Iterable[Run]) -> tuple[
 
 
 def _adopt_bases(runs: Sequence[Run]) -> None:
-    """Give runs without a step 0 of their own that of their name, or the only one of their seed."""
+    """Give runs without a step 0 of their own that of their name, or the only one of their seed.
+
+    A run that has later steps as well (of a method whose step 0 differs) is no such base.
+    """
+    later = {(run.name, run.seed) for run in runs if run.last}
     for run in runs:
         if 0 in run.iou:
             continue
         bases = [other for other in runs if 0 in other.iou and other.seed == run.seed]
-        bases = [other for other in bases if other.name == run.name] or bases
+        shared = [other for other in bases if (other.name, other.seed) not in later]
+        bases = [other for other in bases if other.name == run.name] or shared
         if bases and all(np.array_equal(b.iou[0], bases[0].iou[0], equal_nan=True) for b in bases):
             run.iou[0] = bases[0].iou[0]
             run.base = bases[0].name if bases[0].name != run.name else ""
 
 
 def _rows(setting: Setting, runs: Sequence[Run]) -> list[Row]:
-    """Runs that differ in their seed alone become one row; equal seeds are told apart by folder."""
+    """Runs that differ in their seed alone become one row; equal seeds are told apart by folder.
+
+    `MIB-seed7`, the name that run.py gives a run of seed 7, is `MIB` here.
+    """
     together: dict[tuple[str, str, int], list[Run]] = defaultdict(list)
     for run in runs:
-        together[run.name, run.method, run.last].append(run)
+        name = run.name.removesuffix(f"-seed{run.seed}")
+        together[name, run.method, run.last].append(run)
     rows = []
     for (name, _, _), found in together.items():
         if len({run.seed for run in found}) == len(found):

@@ -120,6 +120,16 @@ def test_seeds_become_mean_and_deviation(tmp_path, capsys):
     assert (old["seeds"], old["paper"], old["difference"]) == ("3", "", "")
 
 
+def test_names_that_run_py_gives_to_seeds_are_one_row(tmp_path, capsys):
+    for seed, name in ((42, "MIB"), (7, "MIB-seed7"), (8, "MIB-seed9")):
+        put_15_5(tmp_path, name, seed=seed)
+    text = report(capsys, tmp_path / "results", "--format", "markdown")
+    assert [row[:3] for row in rows(text)[1:]] == [
+        ["MIB", "MIB", "42 7"],
+        ["MIB-seed9", "MIB", "8"],
+    ]
+
+
 def test_one_seed_in_two_folders_is_two_rows(tmp_path, capsys):
     put_15_5(tmp_path / "a")
     put_15_5(tmp_path / "b", shift=0.1)
@@ -136,6 +146,9 @@ def test_a_shared_step_0_is_found_and_named(tmp_path, capsys):
     row = next(row for row in rows(text) if row[0] == "FT*")
     assert row[-2] == "70.0"
     assert "* without a step 0 of its own, compared with that of base" in text
+    put_15_5(tmp_path, "LWF-MC", method="LWF-MC", shift=0.1)  # its step 0 is nobody else's
+    text = report(capsys, tmp_path / "results", "--format", "markdown")
+    assert next(row for row in rows(text) if row[0] == "FT*")[-2] == "70.0"
     put(tmp_path, "voc-15-5", "FT", 1, [0.9] + [0.1] * 15 + [0.3] * 5, method="FT", seed=7)
     text = report(capsys, tmp_path / "results", "--format", "csv")
     assert "voc-15-5,FT,FT,2,1,forgetting,,,,\n" in text  # a step 0 of another seed is no base
