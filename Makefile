@@ -16,7 +16,7 @@ ifneq ($(origin PYTHON),file)
   endif
 endif
 
-.PHONY: stale setup demo test test-long lint types bench compare iabn check-weights clean
+.PHONY: stale setup demo compare results test test-long lint types bench iabn check-weights clean
 
 setup: $(VENV)/.installed
 
@@ -58,6 +58,24 @@ compare: $(VENV)/.installed
 	@cd compare && $(RUN) --data_root $(abspath $(DATA)) --step all --name all \
 	  --method FT,LWF,LWF-MC,ILT,EWC,RW,PI,MIB $(COMPARE)
 
+# The table of docs/RESULTS.md, every method on street scenes, an hour and a half a seed on one core;
+# started again it goes on: make results DATA=folder [SEEDS="42"] [TASKS="6-5"]
+# EWC, RW and PI have the learning rate that their penalty is stable at. They come first, because
+# the step 0 that all share is to collect their importances.
+SEEDS ?= 42 1 2
+TASKS ?= 6-5 7-1
+RESULTS ?= --dataset camvid --overlap --backbone resnet18 --no-pretrained --crop_size 96 \
+  --batch_size 8 --val_interval 100
+results: $(VENV)/.installed
+	@mkdir -p results
+	@cd results && for seed in $(SEEDS); do for task in $(TASKS); do \
+	  case $$task in 6-5) epochs=15,10 ;; *) epochs=15,4 ;; esac; \
+	  for group in EWC,RW,PI=0.001 FT,LWF,LWF-MC,ILT,MIB,PLOP,MIB+EWF,PLOP+EWF,PLOP+LGKD=0.02; do \
+	    $(RUN) --data_root $(abspath $(DATA)) $(RESULTS) --task $$task --step all --random_seed $$seed \
+	      --epochs $$epochs --method $${group%=*} --lr 0.05,$${group#*=} || exit; \
+	  done; done; done
+	@cd results && $(abspath $(BIN))/python $(CURDIR)/report.py --plot steps.png
+
 # Minutes each; quiet machine, or the ratios mean little. DATA: VOC's layout (default: toy images)
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.ceilings
@@ -93,4 +111,4 @@ check-weights: $(VENV)/.installed
 	$(BIN)/python pretrained/check_md5.py
 
 clean:
-	rm -rf $(VENV) demo compare .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo compare results .mypy_cache .ruff_cache .pytest_cache
