@@ -72,7 +72,8 @@ class StreamSegMetrics:
         return self._counts[:-1].view(self.num_classes, self.num_classes)
 
     def update(self, labels: Tensor, predictions: Tensor) -> None:
-        """Counts the pixels of `labels` and `predictions`, both B H W of any integer type.
+        """Counts the pixels of `labels` and `predictions`, both B H W of any integer type on
+        the device of the matrix.
 
         Labels outside 0..C-1 (IGNORE_INDEX among them) do not count. Predictions must lie in
         0..C-1, as an argmax over C channels does; checking it would wait for the device.
@@ -82,8 +83,8 @@ class StreamSegMetrics:
         """
         if labels.shape != predictions.shape:
             raise ValueError(f"labels {labels.shape} and predictions {predictions.shape} differ")
-        truth = labels.to(self._counts.device, torch.int64).flatten()
-        predicted = predictions.to(self._counts.device, torch.int64).flatten()
+        truth = labels.long().flatten()
+        predicted = predictions.long().flatten()
         valid = (truth >= 0) & (truth < self.num_classes)
         cell = torch.where(valid, truth * self.num_classes + predicted, self.num_classes**2)
         self._counts.scatter_add_(0, cell, torch.ones_like(cell))
