@@ -42,6 +42,9 @@ demo: $(VENV)/.installed demo/toy/.made
 	@cd demo && $(RUN) --data_root toy --task 15-5 --overlap --step all --method FT,MIB --name demo \
 	  --backbone resnet18 --no-pretrained --crop_size 96 --batch_size 8 --epochs 14,10 \
 	  --lr 0.05,0.01 --val_interval 7 --sample_num 4
+	@cd demo && PYTHONPATH=$(CURDIR) $(abspath $(BIN))/python -m engine.gallery --count 2 \
+	  --out gallery.png checkpoints/step/voc-15-5-ov/demo-base_0.pth \
+	  checkpoints/step/voc-15-5-ov/demo-FT_1.pth checkpoints/step/voc-15-5-ov/demo-MIB_1.pth
 	@echo "panels (image | truth | prediction): demo/logs/voc-15-5-ov/<run>/step-1/images"
 	@echo "curves: $(BIN)/tensorboard --logdir demo/logs"
 

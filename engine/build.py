@@ -259,9 +259,7 @@ def build_training(
     learner = build_learner(context, student, teacher, previous, max_iters)
     warn_of_broken_graphs(opts, student)
     counts = batch_counts(context, batches)
-    progress = Progress() if resumed is None else restore(
-        resumed, learner, counts, opts
-    )
+    progress = Progress() if resumed is None else restore(resumed, learner, counts, opts)
     objective, validated = (
         make_objective(
             opts.method, model, teacher, context.classes_per_step, context.precision,

@@ -125,6 +125,7 @@ def run_epoch(
         total=iterations, initial=first, desc=f"epoch {epoch + 1}/{opts.epochs}", unit="it",
         disable=None if distributed.is_main() else True, leave=False,
     ) as bar:  # fmt: skip
+
         def on_iteration(iteration: int) -> None:
             bar.update(1)
             progress.iteration = iteration
@@ -189,10 +190,12 @@ def panels(
         old = [prediction for _, _, prediction in taught]
     now = predict_samples(training.student, context.precision, samples)
     for earlier, (image, truth, prediction) in zip(old, now, strict=True):
+        maps = {"truth": truth, "prediction": prediction}
+        if earlier is not None:
+            maps = {"truth": truth, "prediction before": earlier, "prediction after": prediction}
         yield sample_panel(
-            image, truth, prediction, context.class_names, before=earlier,
-            colors=palette(context.task.seen(context.opts.step)), title=context.title,
-            old=context.old_classes,
+            image, maps, context.class_names, title=context.title, old=context.old_classes,
+            colors=palette(context.task.seen(context.opts.step)),
         )  # fmt: skip
 
 

@@ -199,4 +199,3 @@ def explain(error: Exception) -> str | None:
     if workers.lost(error):
         return "a data worker was killed, as a rule for want of memory: lower --num_workers"
     return None
-

@@ -1,4 +1,4 @@
-"""README says what is true: its commands parse, its flags table is the parser's."""
+"""README and docs say what is true: commands parse, tables are the program's."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ import report
 from argparser import get_parser
 from benchmarks import ceilings, data, eval, loss, norm, startup, step
 from dataset import check, from_coco, splits
+from engine import gallery
 from engine.plans import parse
 from methods.table import METHODS, Method
 from tests.conftest import ROOT
 from utils.flags import Switch, flags_of
+from utils.version import VERSION
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -60,16 +62,14 @@ def test_commands_parse(command: str, garden):
 
 OTHERS = {
     "predict.py": predict, "report.py": report, "dataset.check": check, "dataset.splits": splits,
-    "dataset.from_coco": from_coco,
+    "dataset.from_coco": from_coco, "engine.gallery": gallery,
     "data/make_toy.py": None,
     **{f"benchmarks.{m.__name__.split('.')[-1]}": m
        for m in (ceilings, data, eval, loss, norm, startup, step)},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("program", "command"), [(p, c) for p in OTHERS for c in commands(p)]
-)
+@pytest.mark.parametrize(("program", "command"), [(p, c) for p in OTHERS for c in commands(p)])
 def test_commands_of_other_programs_parse(program: str, command: str, monkeypatch):
     class Parsed(Exception):
         pass
@@ -93,6 +93,10 @@ def test_make_targets_exist():
     assert named <= targets
 
 
+def test_the_version_to_cite_is_this_one():
+    assert f"version = {{{VERSION}}}," in (ROOT / "README.md").read_text()
+
+
 def test_there_are_commands_for_every_launcher():
     text = "\n".join(commands("run.py"))
     assert "torchrun --nnodes" in text
@@ -100,7 +104,7 @@ def test_there_are_commands_for_every_launcher():
 
 
 def flags_table() -> str:
-    """The flags as README shows them."""
+    """The flags as docs/flags.md shows them."""
     lines = ["| flag | default | what it does |", "|---|---|---|"]
     for group in get_parser()._action_groups:
         if group.title == "options" or group.title is None or not group._group_actions:
@@ -122,7 +126,7 @@ def flag_row(action: argparse.Action) -> str:
 
 
 def methods_table() -> str:
-    """The rows of METHODS as README and docs/methods.md show them."""
+    """The rows of METHODS as docs/methods.md shows them."""
     lines = ["| method | paper | flags | otherwise |", "|---|---|---|---|"]
     for method in METHODS.values():
         values = {
@@ -139,6 +143,12 @@ def methods_table() -> str:
     return "\n".join(lines)
 
 
+def papers_table() -> str:
+    """The rows of METHODS as README shows them."""
+    rows = [f"| {method.name} | {method.paper} |" for method in METHODS.values()]
+    return "\n".join(["| method | paper |", "|---|---|", *rows])
+
+
 def spelled(values: Mapping[str, object]) -> str:
     """Flags as they would be typed."""
     flags = (f"--{k}" + ("" if v is True else f" {v}") for k, v in values.items())
@@ -147,8 +157,8 @@ def spelled(values: Mapping[str, object]) -> str:
 
 # Page, first cells of the table, the table.
 TABLES = [
-    ("README.md", "| flag |", flags_table),
-    ("README.md", "| method | paper |", methods_table),
+    ("docs/flags.md", "| flag |", flags_table),
+    ("README.md", "| method | paper |", papers_table),
     ("docs/methods.md", "| method | paper |", methods_table),
 ]
 
@@ -167,6 +177,7 @@ def test_sections_of_the_methods_are_of_methods_that_exist():
 def test_paths_that_readme_names_exist():
     text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"`((?:tests|utils|docs|data|pretrained)/[\w./]*)`", text))
+    named |= set(re.findall(r"\]\(([^)#]+)\)", text)) - {"https://arxiv.org/abs/2002.00718"}
     named = {n for n in named if "<" not in n}
     assert named
     assert {n for n in named if not Path(ROOT, n).exists()} == set()

@@ -18,9 +18,7 @@ from utils.errors import UserError
 
 
 def build(backbone: str, norm: str, stride: int = 16, pooling: int = 4):
-    model = make_model(
-        backbone, get_norm(norm), [4, 3], output_stride=stride, pooling=pooling
-    )
+    model = make_model(backbone, get_norm(norm), [4, 3], output_stride=stride, pooling=pooling)
     fill(model)
     return model
 

@@ -97,22 +97,18 @@ def save_png(path: Path, picture: np.ndarray) -> None:
 
 
 def sample_panel(
-    image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, class_names: Sequence[str], *,
-    before: np.ndarray | None = None, colors: np.ndarray | None = None,
-    title: str = "", old: int | None = None,
+    image: np.ndarray, maps: Mapping[str, np.ndarray], class_names: Sequence[str], *,
+    colors: np.ndarray | None = None, title: str = "", old: int | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """image | truth | prediction above a legend of the classes that occur, as uint8 H' W' 3.
+    """An image, then label maps of it, above a legend of the classes that occur: uint8 H' W' 3.
 
     Args:
-        image: uint8 H W 3. truth, prediction: H W, labels 0..255, 255 = ignored.
+        image: uint8 H W 3.
+        maps: what stands above a map -> H W, labels 0..255, 255 = ignored.
         class_names: by label. colors: (256, 3) by label, the VOC map by default.
-        before: H W, an earlier prediction such as the teacher's, shown before the prediction.
         title: a line above all, such as the run and its step.
         old: labels from this one on are new classes, marked as such. None: no such division.
     """
-    maps = {"truth": truth, "prediction": prediction}
-    if before is not None:
-        maps = {"truth": truth, "prediction before": before, "prediction after": prediction}
     tiles = {"image": _tile(image, Image.Resampling.BICUBIC)}
     for name, labels in maps.items():
         tiles[name] = _tile(colorize(labels, colors), Image.Resampling.NEAREST)

@@ -78,9 +78,9 @@ def test_a_group_from_outside_trains_a_step(tmp_path, monkeypatch, capsys):
     assert run.main([*argv, "--method", "FT,INNER"]) == 0
     assert re.search(r"epoch 1/1: loss \S+ \(ce \S+, inner \d", capsys.readouterr().out)
     tensors = [
-        torch.load(tmp_path / f"checkpoints/step/voc-15-5-ov/{name}_1.pth")[
-            "model_state"
-        ]["body.mod2.block1.convs.conv1.weight"]
+        torch.load(tmp_path / f"checkpoints/step/voc-15-5-ov/{name}_1.pth")["model_state"][
+            "body.mod2.block1.convs.conv1.weight"
+        ]
         for name in ("FT", "INNER")
     ]
     assert not torch.equal(*tensors)

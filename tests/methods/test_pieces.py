@@ -29,9 +29,7 @@ COMBINATIONS: dict[str, Method] = {
     "LWF alpha 2": replace(METHODS["LWF"], alpha=2.0),
     "MIB alpha 2": replace(METHODS["MIB"], alpha=2.0),
     "iCaRL disjoint": replace(METHODS["LWF-MC"], icarl_disjoint=True),
-    "iCaRL disjoint, background": replace(
-        METHODS["LWF-MC"], icarl_disjoint=True, icarl_bkg=True
-    ),
+    "iCaRL disjoint, background": replace(METHODS["LWF-MC"], icarl_disjoint=True, icarl_bkg=True),
     "everything": replace(METHODS["LWF-MC"], loss_kd=3.0, unkd=True),
 }
 

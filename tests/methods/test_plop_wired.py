@@ -151,9 +151,7 @@ def test_pseudo_labels_with_a_distilling_loss_keep_the_logits():
 
 def test_what_was_learned_comes_back(monkeypatch):
     wired = wire("abn", 30.0)
-    again = make_objective(
-        wired.method, wired.student, wired.teacher, [OLD, NEW], wired.precision
-    )
+    again = make_objective(wired.method, wired.student, wired.teacher, [OLD, NEW], wired.precision)
     assert again.needs_survey
     assert again.state_dict() == {}
     again.load_state_dict({})

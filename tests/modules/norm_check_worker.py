@@ -1,6 +1,6 @@
 """Triton kernels that are broken on purpose, for `tests/modules/test_norm_check.py`.
 
-    TRITON_INTERPRET=1 python -m tests.modules.norm_check_worker FILE
+TRITON_INTERPRET=1 python -m tests.modules.norm_check_worker FILE
 """
 
 import logging

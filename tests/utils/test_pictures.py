@@ -46,6 +46,11 @@ def label_map(size: int, labels: list[int]) -> np.ndarray:
     return np.kron(blocks, np.ones((8, 8), dtype=int))
 
 
+def pair(truth: np.ndarray, prediction: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """The usual two maps of a panel; the prediction is right unless given."""
+    return {"truth": truth, "prediction": truth if prediction is None else prediction}
+
+
 def photo(size: int) -> np.ndarray:
     # Red only, so that no colour of a class is mistaken for it.
     ramp = np.linspace(200, 250, size, dtype=np.uint8)
@@ -98,7 +103,7 @@ def test_colorize():
 @pytest.mark.parametrize("size", [96, 256, 800])
 def test_panel_shows_image_truth_and_prediction_in_this_order(size):
     truth, prediction = label_map(size, [3]), label_map(size, [4, 5])
-    panel = sample_panel(photo(size), truth, prediction, NAMES)
+    panel = sample_panel(photo(size), pair(truth, prediction), NAMES)
     assert panel.dtype == np.uint8
     tile = {96: 288, 256: 256, 800: 640}[size]
     tops = [8 + i * (tile + 8) for i in range(3)]
@@ -114,7 +119,7 @@ def test_panel_shows_image_truth_and_prediction_in_this_order(size):
 
 def test_a_tile_holds_the_very_pixels():
     truth = label_map(256, list(range(21)))
-    panel = sample_panel(photo(256), truth, np.zeros_like(truth), NAMES)
+    panel = sample_panel(photo(256), pair(truth, np.zeros_like(truth)), NAMES)
     top = int(np.flatnonzero((panel[:, 8] != 255).any(axis=-1))[0])
     np.testing.assert_array_equal(panel[top : top + 256, 8:264], photo(256))
     np.testing.assert_array_equal(panel[top : top + 256, 272:528], colorize(truth))
@@ -127,7 +132,7 @@ def legend_of(panel: np.ndarray, tile: int) -> np.ndarray:
 
 def test_legend_names_the_classes_that_occur_and_no_other():
     truth, prediction = label_map(256, [0, 7, 255]), label_map(256, [0, 9])
-    legend = legend_of(sample_panel(photo(256), truth, prediction, NAMES), 256)
+    legend = legend_of(sample_panel(photo(256), pair(truth, prediction), NAMES), 256)
     areas = [(legend == color).all(axis=-1).sum() for color in palette()]
     shown = [i for i in range(256) if areas[i] > 100]  # edges of letters are grey, too
     assert shown == [0, 7, 9, 255]
@@ -138,10 +143,10 @@ def test_legend_names_the_classes_that_occur_and_no_other():
 
 @pytest.mark.parametrize("size", [32, 96])
 def test_legend_wraps_and_the_panel_grows_instead_of_cutting(size):
-    few = sample_panel(photo(size), label_map(size, [1]), label_map(size, [1]), NAMES)
+    few = sample_panel(photo(size), pair(label_map(size, [1])), NAMES)
     labels = label_map(size, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 255])
     names = ["x" * 100, "", UNKNOWN, *NAMES[3:12]]  # long, nameless, not drawable, too few
-    many = sample_panel(photo(size), labels, labels, names)
+    many = sample_panel(photo(size), pair(labels), names)
     assert many.shape[0] > few.shape[0] + 40
     assert_frame_is_white(many)
     tile = 224 if size == 32 else 288
@@ -149,7 +154,7 @@ def test_legend_wraps_and_the_panel_grows_instead_of_cutting(size):
     assert {tuple(palette()[i].tolist()) for i in np.unique(labels)} <= colors_in(legend)
     assert many.shape[1] > few.shape[1] + 40 if size == 32 else many.shape[1] == few.shape[1]
     # As long as the very same name in a panel that is wide enough.
-    wide = sample_panel(photo(800), label_map(800, [0]), label_map(800, [0]), names)
+    wide = sample_panel(photo(800), pair(label_map(800, [0])), names)
     ends = [np.flatnonzero((part[:26] != 255).any(axis=(0, 2)))[-1]
             for part in (legend, legend_of(wide, 640))]  # fmt: skip
     assert ends[0] == ends[1]
@@ -157,7 +162,7 @@ def test_legend_wraps_and_the_panel_grows_instead_of_cutting(size):
 
 def drawn_name(name: str) -> np.ndarray:
     labels = label_map(64, [1])
-    return sample_panel(photo(64), labels, labels, ["background", name])
+    return sample_panel(photo(64), pair(labels), ["background", name])
 
 
 def test_a_name_that_no_font_has_becomes_a_number():
@@ -224,14 +229,14 @@ def test_old_and_new_classes_are_told_apart_in_the_legend():
         "background", "class number 2", "class number 3 (new)", "ignored"
     ]  # fmt: skip
     assert [text.get_color() == ORANGE for text in texts] == [False, False, True, False]
-    divided = sample_panel(photo(256), labels, labels, NAMES, old=3)
-    assert not np.array_equal(divided, sample_panel(photo(256), labels, labels, NAMES))
+    divided = sample_panel(photo(256), pair(labels), NAMES, old=3)
+    assert not np.array_equal(divided, sample_panel(photo(256), pair(labels), NAMES))
 
 
 @pytest.mark.parametrize("title", ["MIB, voc 15-5, step 1", "a long title " * 8])
 def test_panel_title_stands_above_all_in_full(title):
     labels = label_map(256, [1])
-    arguments = (photo(256)[:, :40], labels[:, :40], labels[:, :40], NAMES)
+    arguments = (photo(256)[:, :40], pair(labels[:, :40]), NAMES)
     plain, titled = sample_panel(*arguments), sample_panel(*arguments, title=title)
     rows = len(titled) - len(plain)
     assert rows > 15
@@ -246,14 +251,15 @@ def test_panel_title_stands_above_all_in_full(title):
 def test_panel_before_and_after_and_own_colours():
     maps = [label_map(256, [label]) for label in (1, 2, 3)]
     colors = palette([0, 10, 11, 12])
-    panel = sample_panel(photo(256), maps[0], maps[2], NAMES, before=maps[1], colors=colors)
+    named = dict(zip(("truth", "before", "after"), maps, strict=True))
+    panel = sample_panel(photo(256), named, NAMES, colors=colors)
     order = [panel[150, 8 + i * 264 + 100].tolist() for i in (1, 2, 3)]
     assert order == palette()[[10, 11, 12]].tolist()
 
 
 def test_panel_of_a_narrow_picture_keeps_its_titles_apart():
     labels = label_map(256, [1])[:, :40]
-    panel = sample_panel(photo(256)[:, :40], labels, labels, NAMES)
+    panel = sample_panel(photo(256)[:, :40], pair(labels), NAMES)
     assert panel.shape[1] == 3 * 130 + 4 * 8
     assert_frame_is_white(panel)
 
