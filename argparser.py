@@ -20,7 +20,7 @@ from utils.version import VERSION
 
 SYNONYMS = {"--overlapped": "--overlap"}  # typed by the reference's README
 DEFAULT_SEED = 42
-PAPER_BATCH = 24  # images in one iteration, over all processes
+PROTOCOLS = ("mib", "plop")
 _positive = number(float, 0, open_low=True)
 
 
@@ -47,13 +47,20 @@ class Options:
     overlap: bool = flag(
         False, "overlapped setting (also --overlapped)", resume="identity", group="run"
     )
+    partition: bool = flag(
+        True, "each image of ade is of one step, as MiB's lists have it; --no_partition: an image "
+        "is of all steps that --overlap, or its absence, gives it, as for other data",
+        negatable=True, resume="identity", group="run",
+    )  # fmt: skip
     method: Method = flag(
         None, "a row of terms, any case; several, joined by commas, share what they can of step 0: "
         + ", ".join(METHODS), parse=several(METHODS, upper=True), resume="identity", group="run",
     )  # fmt: skip
     recipe: str | None = _free(
         None, "fill in what the authors used and you did not set: 24 images in total, "
-        "lr 0.01,0.001, 30 epochs (ade 60), crop 512", choices=("paper",), group="run",
+        "lr 0.01,0.001, 30 epochs (ade 60), crop 512; plop, for the papers from PLOP on, also "
+        "--protocol plop, --ignore_void, with --overlap --no_partition, and on 10-1 without EWF "
+        "--epochs 30,10", choices=("paper", "plop"), group="run",
     )  # fmt: skip
     base: str | None = _free(
         None, "share step 0: it is learned once under this name, for all runs and tasks",
@@ -148,6 +155,16 @@ class Options:
     mask: bool = flag(
         True, "old classes become background in training (--no_mask keeps them)",
         negatable=True, resume="identity", group="evaluation",
+    )  # fmt: skip
+    ignore_void: bool = flag(
+        False, "pixels of no class (VOC's 255) are ignored in training; else they are background",
+        negatable=True, resume="identity", group="evaluation",
+    )  # fmt: skip
+    protocol: str = flag(
+        "mib", "of validations and tests. mib: pixels of classes to come and ade's label 0 do not "
+        "count, old and all are means without background. plop: both count as background, old and "
+        "all are means with it, images without a class seen so far are left out",
+        choices=PROTOCOLS, score=True, group="evaluation",
     )  # fmt: skip
     val_interval: int = _free(
         1, "epochs between validations", parse=number(int, 1), group="evaluation"

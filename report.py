@@ -14,15 +14,12 @@ import numpy as np
 from engine.comparison import (
     Row,
     Setting,
-    as_csv,
-    as_markdown,
-    as_text,
     collect,
     deviation,
     find_files,
     mean_iou,
-    title_of,
 )
+from engine.tables import as_csv, as_markdown, as_text, title_of
 from utils.errors import UserError
 from utils.flags import Parser
 from utils.pictures import Curves, Point, save_charts
@@ -58,8 +55,8 @@ def draw(table: dict[Setting, list[Row]], path: Path) -> None:
 
 def curves_of(setting: Setting, rows: Sequence[Row]) -> list[Curves]:
     """The curves of each row; labels get method and seeds where rows share one."""
-    first, last = (setting.sizes or (1,))[0], sum(setting.sizes)
-    groups = {"old": slice(1, first), "new": slice(first, last), "all": slice(1, None)}
+    new = slice(setting.old.stop, sum(setting.sizes))
+    groups = {"old": setting.old, "new": new, "all": slice(setting.first, None)}
     labels = [row.label for row in rows]
     curves = []
     for row in rows:

@@ -19,22 +19,34 @@ FOREIGN = 254  # what a label that the data set does not have becomes on reading
 
 
 def label_map(
-    spec: DatasetSpec, task: Task, step: int, *, train: bool, masking: bool = True
+    spec: DatasetSpec,
+    task: Task,
+    step: int,
+    *,
+    train: bool,
+    masking: bool = True,
+    ignore_void: bool = False,
+    rest_is_background: bool = False,
 ) -> np.ndarray:
     """(256,) uint8: original label → training index (its channel) at `step`.
 
     Training keeps the new classes (and VOC's background); all else, void included, becomes
-    background: the shift that the paper is about. Without `masking` old classes stay too.
+    background: the shift that MiB's paper is about. Without `masking` old classes stay too, with
+    `ignore_void` void becomes IGNORE_INDEX.
     Validation and test (`train` False) keep every class seen so far; future classes, void and
-    ADE's label 0 become IGNORE_INDEX.
+    ADE's label 0 become IGNORE_INDEX. With `rest_is_background` all of these but void become
+    background, as in the tests of PLOP (Douillard et al., CVPR 2021).
     """
     seen = task.seen(step)
     kept = task.new(step) if train and masking else seen
-    lut = np.full(256, BACKGROUND if train else IGNORE_INDEX, dtype=np.uint8)
+    has_rest = train or rest_is_background
+    lut = np.full(256, BACKGROUND if has_rest else IGNORE_INDEX, dtype=np.uint8)
     for label in kept:
         lut[label] = seen.index(label)
-    if not train and not spec.background_is_class:
+    if not has_rest and not spec.background_is_class:
         lut[BACKGROUND] = IGNORE_INDEX
+    if spec.void is not None and (ignore_void or not train):
+        lut[spec.void] = IGNORE_INDEX
     return lut
 
 

@@ -23,7 +23,7 @@ class DatasetSpec:
         void: Label of pixels that belong to no class, beside label 0; None if masks have none.
         find_samples: `(data_root, split)` → samples in the order that split lists count in; split
             is "train" or "val". Raises UserError for what is missing.
-        partition: Every training image belongs to one step, overlapped or not (ADE).
+        partition: Every training image belongs to one step, overlapped or not (ADE, in MiB).
         joined: Tasks whose steps are, by definition, those of a finer task joined: name → finer.
         table: What the ids or colours of its masks mean; None where a pixel is the label itself.
         family: Its tasks, where `tasks.py` does not know them by the data set's name.

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,8 +108,29 @@ def compute_lists(
     The masks are scanned once; what they hold is cached as
     `workdir`/data/<dataset>/presence-<fingerprint>.npz, so the fingerprint tells other data.
     """
+    return step_indices(spec, _presence(spec, samples, workdir), task, overlap)
+
+
+def with_seen_class(
+    spec: DatasetSpec, samples: Sequence[Sample], task: Task, step: int, workdir: Path
+) -> np.ndarray:
+    """Ascending positions in `samples` of images with a class of the steps up to `step`.
+
+    The masks are scanned once, as by `compute_lists`. Raises UserError where no image is left.
+    """
+    seen = _presence(spec, samples, workdir)[:, _columns(task.seen(step))]
+    indices = np.flatnonzero(seen.any(axis=1))
+    if len(indices) == 0:
+        raise UserError(
+            f"no image to test holds a class of the steps up to {step}: --protocol mib tests all"
+        )
+    return indices
+
+
+def _presence(spec: DatasetSpec, samples: Sequence[Sample], workdir: Path) -> np.ndarray:
+    """`presence_table` with its place under `workdir`."""
     cache = workdir / "data" / spec.name / f"presence-{fingerprint(spec, samples)}.npz"
-    return step_indices(spec, presence_table(spec, samples, cache), task, overlap)
+    return presence_table(spec, samples, cache)
 
 
 def step_indices(
@@ -119,7 +141,7 @@ def step_indices(
     Args:
         presence: (N, K) bool: image n holds class k + 1.
         overlap: Take every image with a new class (overlapped); otherwise only those without future
-            classes (disjoint). Ignored by a partitioned data set.
+            classes (disjoint). Ignored where `spec.partition` holds.
     """
     if spec.partition:
         return _partition(spec, presence, task)
@@ -233,10 +255,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_root", "--data-root", type=Path, default=Path("data"))
     parser.add_argument("--task", default="19-1")
     parser.add_argument("--overlap", "--overlapped", action="store_true")
+    parser.add_argument("--no_partition", "--no-partition", action="store_true")
     parser.add_argument("--out", type=Path, metavar="DIR", help="store the lists in this folder")
     options = parser.parse_args(arguments)
     try:
         spec = get_spec(options.dataset, options.data_root)
+        if options.no_partition:
+            spec = replace(spec, partition=False)
         task = spec.task(options.task)
         samples = spec.find_samples(options.data_root, "train")
         lists = compute_lists(spec, samples, task, options.overlap, Path("."))

@@ -55,6 +55,8 @@ def build_data(context: Context) -> StepDatasets:
         crop_size=opts.crop_size,
         seed=opts.random_seed,
         masking=opts.mask,
+        ignore_void=opts.ignore_void,
+        rest_is_background=opts.protocol == "plop",
         crop_val=opts.crop_val,
         val_on_trainset=opts.val_on_trainset,
         cross_val=opts.cross_val,

@@ -1,15 +1,16 @@
 """Runs side by side: from the result files to the columns of the paper's table.
 
-Old, new and all are mean IoU in percent without background, as in the paper: old = classes of step
-0, new = those of all later steps, computed from the IoU of every class. ADE has a column per step.
-Forgetting is old after step 0 minus old now; average is the mean of all over the steps so far.
-Several seeds of a run are shown as mean ± standard deviation.
+Old, new and all are mean IoU in percent, computed from the IoU of every class: old = classes of
+step 0, new = those of all later steps. Forgetting is old after step 0 minus old now; average is the
+mean of all over the steps so far. Several seeds of a run are shown as mean ± standard deviation.
+
+Numbers of two protocols, or on differently chosen images, never share a table. In MiB's protocol no
+column counts the background, and ADE has a column per step; in PLOP's, old (called 0-15, or as far
+as its classes go) and all count it.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections import defaultdict
@@ -21,39 +22,54 @@ from typing import Any
 
 import numpy as np
 
+from argparser import PROTOCOLS
 from dataset.catalog import DATASETS
 from methods.table import METHODS
-from metrics.paper import LISTS, paper_scores
+from metrics.paper import LISTS, paper_scores, plop_scores
 from tasks import Family, get_task, parse_task
 from utils import results
 from utils.errors import UserError
 
 MAX_STEPS = 10_000  # as on the command line
-EXTRAS = ("with background", "forgetting", "average")
+SPLITS = ("partition", "overlapped", "disjoint")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a result file is about; `sizes` = classes per step with background, () if unknown."""
+    """What a table is about; `sizes` = classes per step with background, () if unknown."""
 
     dataset: str
     task: str
     overlap: bool
     sizes: tuple[int, ...]
+    protocol: str
+    split: str  # how training images were chosen, one of SPLITS
 
     @property
     def name(self) -> str:
         return f"{self.dataset}-{self.task}{'-ov' if self.overlap else ''}"
 
+    @property
+    def first(self) -> int:
+        """The first channel that counts in old and all."""
+        return 0 if self.protocol == "plop" else 1
+
+    @property
+    def old(self) -> slice:
+        """The channels of step 0."""
+        return slice(self.first, self.sizes[0] if self.sizes else self.first)
+
     def groups(self) -> dict[str, slice]:
         """Columns of the table: title -> channels of the head."""
         ends = np.cumsum(self.sizes).tolist()
-        if self.dataset == "ade":
+        if self.protocol == "plop" and ends:
+            new = slice(ends[0], ends[-1])
+            return {f"0-{ends[0] - 1}": self.old, _range(range(new.start, new.stop), 1): new}
+        if self.protocol != "plop" and self.dataset == "ade":
             steps = get_task("ade", self.task).steps
             titles = [_range([label for label in step if label], t) for t, step in enumerate(steps)]
             return dict(zip(titles, (slice(*cut) for cut in pairwise([1, *ends])), strict=True))
-        first, last = (ends[0], ends[-1]) if ends else (1, 1)
-        return {"old": slice(1, first), "new": slice(first, last)}
+        return {"old": self.old, "new": slice(self.old.stop, ends[-1] if ends else self.first)}
 
 
 @dataclass
@@ -93,6 +109,13 @@ class Row:
         real = all(run.lists == LISTS.get(setting.dataset) for run in self.runs)
         if not real or run.last != len(setting.sizes) - 1:
             return {}
+        if setting.protocol == "plop":
+            known = plop_scores(setting.dataset, setting.task, run.method)
+            titles = dict(zip(("old", "new"), setting.groups(), strict=False))
+            shown = {titles.get(name, name): value for name, value in known.items()}
+            return shown if setting.split == "overlapped" else {}
+        if setting.split != usual_split(setting.dataset, setting.overlap):
+            return {}
         return paper_scores(setting.dataset, setting.task, setting.overlap, run.method)
 
 
@@ -117,17 +140,26 @@ def collect(files: Sequence[Path]) -> dict[Setting, list[Row]]:
     """The rows of the table by setting, in the order of the method table, then by name."""
     runs: dict[Setting, list[Run]] = defaultdict(list)
     for file in files:
-        setting, found = read_runs(file)
-        runs[setting] += found
+        for setting, found in read_runs(file).items():
+            runs[setting] += found
     return {setting: _rows(setting, found) for setting, found in runs.items()}
 
 
-def read_runs(path: Path) -> tuple[Setting, list[Run]]:
-    """A result file's setting and runs. Raises UserError for what is no result file."""
+def usual_split(dataset: str, overlap: bool) -> str:
+    """How the images of a row are chosen that does not say it."""
+    if dataset in DATASETS and DATASETS[dataset].partition:
+        return "partition"
+    return "overlapped" if overlap else "disjoint"
+
+
+def read_runs(path: Path) -> dict[Setting, list[Run]]:
+    """The runs of a result file by setting. Raises UserError for what is no result file."""
     match = re.fullmatch(r"([^-]+)-(.+?)(-ov)?", path.stem)
     if match is None:
         raise UserError(f"{path} is not called <dataset>-<task>.csv: name a per-class result file")
-    runs: dict[tuple[str, str, int], Run] = {}
+    dataset, task, overlap = match.groups()
+    usual = ("mib", usual_split(dataset, bool(overlap)))
+    runs: dict[tuple[str, ...], dict[tuple[str, str, int], Run]] = defaultdict(dict)
     most = 0
     for row in results.read_results(path):
         if not 0 <= int(row["step"]) < MAX_STEPS:  # type: ignore[arg-type]
@@ -136,15 +168,21 @@ def read_runs(path: Path) -> tuple[Setting, list[Run]]:
         columns = {name: value for name, value in row.items() if re.match(r"\d+:", name)}
         most = max(most, len(columns))
         seen = [value for value in columns.values() if value is not None]
-        run = runs.setdefault(key, Run(path, *key))
+        kind = tuple(str(row.get(k) or old) for k, old in zip(results.KINDS, usual, strict=True))
+        if kind[0] not in PROTOCOLS or kind[1] not in SPLITS:
+            raise UserError(f"{path} has a row of {', '.join(kind)}: mend it")
+        run = runs[kind].setdefault(key, Run(path, *key))
         run.iou[int(row["step"])] = np.array(seen, dtype=np.float64)  # type: ignore[arg-type]
         run.lists = tuple(row.get(name) for name in results.LISTS)
     if not most:
         raise UserError(f"{path} has no class columns: name a per-class file, not one of means")
-    _adopt_bases(list(runs.values()))
-    dataset, task, overlap = match.groups()
-    sizes = _sizes(dataset, task, most, runs.values())
-    return Setting(dataset, task, bool(overlap), sizes), list(runs.values())
+    by_setting: dict[Setting, list[Run]] = {}
+    for kind, found in runs.items():
+        _adopt_bases(list(found.values()))
+        sizes = _sizes(dataset, task, most, found.values())
+        setting = Setting(dataset, task, bool(overlap), sizes, *kind)
+        by_setting[setting] = list(found.values())
+    return by_setting
 
 
 def _sizes(dataset: str, task: str, classes: int, runs: Iterable[Run]) -> tuple[int, ...]:
@@ -215,14 +253,15 @@ def scores_of(setting: Setting, run: Run) -> dict[str, float]:
     """Column -> percent after the run's last step; nan where there is nothing to measure."""
     now = run.iou[run.last]
     scores = {title: mean_iou(now[channels]) for title, channels in setting.groups().items()}
-    old = slice(1, setting.sizes[0] if setting.sizes else 1)
     steps = [run.iou.get(step) for step in range(run.last + 1)]
-    everything = [math.nan if iou is None else mean_iou(iou[1:]) for iou in steps]
-    forgetting = math.nan
+    everything = [math.nan if iou is None else mean_iou(iou[setting.first :]) for iou in steps]
+    scores["all"] = everything[-1]
+    if setting.first:
+        scores["with background"] = mean_iou(now)
+    scores["forgetting"] = math.nan
     if steps[0] is not None and run.last:
-        forgetting = mean_iou(steps[0][old]) - mean_iou(now[old])
-    extras = (mean_iou(now), forgetting, sum(everything) / len(everything))
-    return scores | {"all": mean_iou(now[1:])} | dict(zip(EXTRAS, extras, strict=True))
+        scores["forgetting"] = mean_iou(steps[0][setting.old]) - mean_iou(now[setting.old])
+    return scores | {"average": sum(everything) / len(everything)}
 
 
 def mean_iou(iou: np.ndarray) -> float:
@@ -242,99 +281,3 @@ def _range(labels: Sequence[int], step: int) -> str:
 def deviation(values: np.ndarray) -> float:
     """Standard deviation of a sample of seeds; nan for one."""
     return float(values.std(ddof=1)) if len(values) > 1 else math.nan
-
-
-# ------------------------------------------------------------------------------- showing
-
-
-def cells(setting: Setting, rows: Sequence[Row]) -> list[list[str]]:
-    """Header, then per row its values and, where the paper has any, the paper's and the gap."""
-    titles = list(rows[0].scores)
-    table = [["run", "method", "seeds", "step", *titles]]
-    for row in rows:
-        first, scores, paper = row.runs[0], row.scores, row.paper
-        step = f"{first.last}/{len(setting.sizes) - 1}" if setting.sizes else str(first.last)
-        seeds = " ".join(str(run.seed) for run in row.runs)
-        values = [_value(scores[title].mean(), deviation(scores[title])) for title in titles]
-        label = row.label + ("*" if any(run.base for run in row.runs) else "")
-        table.append([label, first.method, seeds, step, *values])
-        if paper:
-            gaps = {title: scores[title].mean() - value for title, value in paper.items()}
-            for name, numbers, form in (("  paper", paper, ".1f"), ("  difference", gaps, "+.1f")):
-                shown = [format(numbers[t], form) if t in numbers else "" for t in titles]
-                table.append([name, "", "", "", *shown])
-    return table
-
-
-def _value(mean: float, spread: float) -> str:
-    if math.isnan(mean):
-        return "-"
-    return f"{mean:.1f}" if math.isnan(spread) else f"{mean:.1f} ± {spread:.1f}"
-
-
-def title_of(setting: Setting) -> str:
-    kind = "" if setting.dataset == "ade" else ", overlapped" if setting.overlap else ", disjoint"
-    return f"{setting.dataset} {setting.task}{kind}"
-
-
-def _notes(rows: Sequence[Row]) -> list[str]:
-    """What the stars mean."""
-    bases = sorted({run.base for row in rows for run in row.runs if run.base})
-    text = "* without a step 0 of its own, compared with that of "
-    return [text + ", ".join(bases)] if bases else []
-
-
-def as_text(table: dict[Setting, list[Row]]) -> str:
-    """A table per setting for the terminal."""
-    lines = []
-    for setting, rows in table.items():
-        body = cells(setting, rows)
-        widths = [max(map(len, column)) for column in zip(*body, strict=True)]
-        lines += [f"{title_of(setting)}: mean IoU in %", ""]
-        for i, row in enumerate(body):
-            padded = [
-                text.ljust(width) if at < 4 else text.rjust(width)
-                for at, (text, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(padded).rstrip())
-            if i == 0:
-                lines.append("-" * (sum(widths) + 2 * len(widths) - 2))
-        lines += [*_notes(rows), ""]
-    return "\n".join(lines)
-
-
-def as_markdown(table: dict[Setting, list[Row]]) -> str:
-    """The same as Markdown."""
-    lines = []
-    for setting, rows in table.items():
-        header, *body = [[text.strip().replace("|", r"\|") for text in row]
-                         for row in cells(setting, rows)]  # fmt: skip
-        rule = ["---"] * 4 + ["---:"] * (len(header) - 4)
-        lines += [f"### {title_of(setting)}: mean IoU in %", ""]
-        lines += [f"| {' | '.join(row)} |" for row in (header, rule, *body)]
-        lines += ["", *_notes(rows), ""]
-    return "\n".join(lines)
-
-
-def inert(text: str) -> str:
-    """Text that a spreadsheet program shows and does not compute."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
-
-
-def as_csv(table: dict[Setting, list[Row]]) -> str:
-    """A line per score, in full precision: mean and deviation over the seeds, paper, difference."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["setting", "run", "method", "seeds", "step", "score", "mean", "std", "paper",
-                     "difference"])  # fmt: skip
-    for setting, rows in table.items():
-        for row in rows:
-            first, paper = row.runs[0], row.paper
-            key = [inert(setting.name), inert(row.label), inert(first.method), len(row.runs),
-                   first.last]  # fmt: skip
-            for title, values in row.scores.items():
-                theirs = paper.get(title, math.nan)
-                numbers = (values.mean(), deviation(values), theirs, values.mean() - theirs)
-                shown = ["" if math.isnan(number) else repr(float(number)) for number in numbers]
-                writer.writerow([*key, inert(title), *shown])
-    return text.getvalue()

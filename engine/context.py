@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from argparser import Options
 from dataset.catalog import get_spec
 from dataset.spec import DatasetSpec
+from metrics import Scores, StreamSegMetrics
 from tasks import Task
 from utils.precision import Precision
 
@@ -28,6 +29,7 @@ class Context:
     def of(cls, opts: Options, device: torch.device) -> Context:
         """The context that options mean. Raises UserError for a data set that is not there."""
         spec = get_spec(opts.dataset, Path(opts.data_root))
+        spec = replace(spec, partition=spec.partition and opts.partition)
         task = spec.task(opts.task)
         return cls(opts, spec, task, device, Precision.of(opts.amp, device))
 
@@ -45,6 +47,17 @@ class Context:
     def classes_per_step(self) -> list[int]:
         """Channels of the classifiers up to this step."""
         return self.task.classes_per_step(self.opts.step)
+
+    @property
+    def split(self) -> str:
+        """How training images are chosen for a step: partition, overlapped or disjoint."""
+        if self.spec.partition:
+            return "partition"
+        return "overlapped" if self.opts.overlap else "disjoint"
+
+    def scores(self, metrics: StreamSegMetrics) -> Scores:
+        """The scores of an evaluation at this step, by `--protocol`."""
+        return metrics.scores(self.old_classes, background=self.opts.protocol == "plop")
 
     @property
     def title(self) -> str:

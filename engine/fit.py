@@ -158,7 +158,7 @@ def validate(
     batches = evaluation_batches(context, loader)
     classes = len(context.class_names)
     metrics, terms = evaluate(training.validated, batches, classes, context.device)
-    scores = metrics.scores(context.old_classes)
+    scores = context.scores(metrics)
     values = {f"val/{name}": value for name, value in terms.items()}
     values["val/loss"] = sum(terms.values())
     values |= {f"val/{name}": value for name, value in scores.means().items()}

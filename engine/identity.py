@@ -208,7 +208,8 @@ def _taken_from(
         name, score = entry.name, bool(entry.metadata.get("score"))
         theirs, ours = getattr(trained, name), getattr(opts, name)
         matters = score or name in _NETWORK or entry.metadata["resume"] == "identity"
-        if name == "method" or name not in known or not matters or theirs == ours:
+        guessed = name not in known and name not in opts.typed  # a default, not what was used
+        if name == "method" or guessed or not matters or theirs == ours:
             continue
         if name not in opts.typed:
             changes[name] = theirs

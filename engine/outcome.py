@@ -97,7 +97,9 @@ def report(
 ) -> None:
     """Print and write a tested step's scores."""
     names = [printable(name) for name in context.class_names]
-    scores = metrics.scores(context.old_classes)
+    scores = context.scores(metrics)
+    if context.opts.protocol == "plop":
+        print("protocol plop: classes to come are background, which counts in old and all")
     print(to_table(names, scores), flush=True)
     header, rows, means = score_rows(names, scores)
     logger.table("test/classes", header, rows, iteration)
@@ -114,7 +116,7 @@ def report_averaged(
     context: Context, metrics: StreamSegMetrics, list_lengths: tuple[int, int]
 ) -> None:
     """Print and write the scores of `--tta`, apart from the plain ones."""
-    scores = metrics.scores(context.old_classes)
+    scores = context.scores(metrics)
     scales = ", ".join(map(str, TTA_SCALES))
     print(f"\nAveraged over scales {scales}, each mirrored as well:", flush=True)
     print(to_table(list(map(printable, context.class_names)), scores), flush=True)
@@ -129,5 +131,5 @@ def write_scores(
     in_head_order = [context.spec.class_names[i] for labels in context.task.steps for i in labels]
     write_results(
         Path(opts.logdir), setting(opts), result_key(opts), scores.iou.tolist(), scores.means(),
-        in_head_order, list_lengths,
+        in_head_order, list_lengths, {"protocol": opts.protocol, "split": context.split},
     )  # fmt: skip

@@ -24,6 +24,7 @@ from utils.files import is_file_name
 from utils.flags import flags_of
 
 PAPER_BATCH = 24  # images in one iteration, over all processes
+PAPER_RATES = (0.01, 0.001)  # at step 0 and later
 
 
 class Plan(NamedTuple):
@@ -61,11 +62,11 @@ class _Command(NamedTuple):
         """A step with a method (of the table by its name), some options changed."""
         if step > self.steps[0]:
             changes = {"step_ckpt": None} | changes  # the step before is this command's own
-        values, notes = self._values(step)
-        values |= changes
+        notes: list[str] = []
         if isinstance(method, str):
-            method, more = self._method(method)
-            notes += more
+            method, notes = self._method(method)
+        values, more = self._values(step, method)
+        values, notes = values | changes, more + notes
         method.check(step)
         if "name" not in self.given and "name" not in changes:
             values["name"] = self.run_name(method.name)
@@ -81,12 +82,12 @@ class _Command(NamedTuple):
         seed = self.given.get("random_seed", DEFAULT_SEED)
         return name if seed == DEFAULT_SEED else f"{name}-seed{seed}"
 
-    def _values(self, step: int) -> tuple[dict[str, Any], list[str]]:
+    def _values(self, step: int, method: Method) -> tuple[dict[str, Any], list[str]]:
         """The options of a step but for the method, what depends on others resolved."""
         values = {entry.name: self.values[entry.name] for entry in flags_of(Options)}
         notes: list[str] = []
         if values["recipe"]:
-            notes = _follow_recipe(values, self.given)
+            notes = self._follow_recipe(values, method)
         for name in ("lr", "epochs"):
             if isinstance(values[name], tuple):
                 values[name] = values[name][min(step, 1)]
@@ -95,6 +96,18 @@ class _Command(NamedTuple):
         if values["num_workers"] is None:
             values["num_workers"] = usual_workers()
         return values | {"task": self.task.name, "step": step}, notes
+
+    def _follow_recipe(self, values: dict[str, Any], method: Method) -> list[str]:
+        """Put in what the authors used where the user set nothing; returns a remark on the rate."""
+        world = launcher.number("WORLD_SIZE", 1, low=1)
+        if "batch_size" not in self.given and PAPER_BATCH % world:
+            raise UserError(
+                f"--recipe {values['recipe']} trains on {PAPER_BATCH} images at a time, which "
+                f"{world} processes cannot share: start another number, or give --batch_size"
+            )
+        recipe = _recipe(values, self.task.name, method, world)
+        values |= {name: value for name, value in recipe.items() if name not in self.given}
+        return _remark_on_rate(values["lr"], values["batch_size"] * world)
 
     def _method(self, name: str) -> tuple[Method, list[str]]:
         """A row of the table on this task, the flags that the user typed put in."""
@@ -155,28 +168,32 @@ def _collecting(first: Method, methods: Mapping[str, Method], members: Sequence[
     return replace(first, regularizer=",".join(kinds) or None)
 
 
-def _follow_recipe(values: dict[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Put in what the authors used where the user set nothing; returns a remark on the rate."""
-    world = launcher.number("WORLD_SIZE", 1, low=1)
-    if "batch_size" not in given and PAPER_BATCH % world:
-        raise UserError(
-            f"--recipe paper trains on {PAPER_BATCH} images at a time, which {world} processes "
-            "cannot share: start another number, or give --batch_size"
-        )
+def _recipe(values: Mapping[str, Any], task: str, method: Method, world: int) -> dict[str, Any]:
+    """What the authors used: of MiB, or with `--recipe plop` of PLOP and the papers after it."""
     recipe: dict[str, Any] = {
-        "batch_size": PAPER_BATCH // world, "lr": (0.01, 0.001), "crop_size": 512,
+        "batch_size": PAPER_BATCH // world, "lr": PAPER_RATES, "crop_size": 512,
         "epochs": 60 if values["dataset"] == "ade" else 30,
     }  # fmt: skip
-    values |= {name: value for name, value in recipe.items() if name not in given}
-    total = values["batch_size"] * world
-    if total == PAPER_BATCH:
+    if values["recipe"] == "paper":
+        return recipe
+    if (values["dataset"], task) == ("voc", "10-1") and not method.ewf:
+        recipe["epochs"] = (30, 10)
+    partition = values["partition"] and not values["overlap"]
+    return recipe | {"protocol": "plop", "ignore_void": True, "partition": partition}
+
+
+def _remark_on_rate(lr: float | tuple[float, float], images: int) -> list[str]:
+    """What the linear rule makes of the rates of the paper, if `images` are in an iteration."""
+    if images == PAPER_BATCH:
         return []
-    rates = values["lr"] if isinstance(values["lr"], tuple) else (values["lr"],) * 2
-    linear = tuple(lr * total / PAPER_BATCH for lr in recipe["lr"])
+    rates = lr if isinstance(lr, tuple) else (lr, lr)
+    linear = tuple(rate * images / PAPER_BATCH for rate in PAPER_RATES)
     if all(math.isclose(a, b) for a, b in zip(rates, linear, strict=True)):
         return []
     scaled = ",".join(f"{lr:g}" for lr in linear)
-    return [f"{total} images per iteration, not {PAPER_BATCH}: the linear rule gives --lr {scaled}"]
+    return [
+        f"{images} images per iteration, not {PAPER_BATCH}: the linear rule gives --lr {scaled}"
+    ]
 
 
 def _reject_conflicts(opts: Options) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from argparser import Options
 from engine.build import build_data, build_training, start_workers
-from engine.comparison import as_text, collect
+from engine.comparison import collect
 from engine.context import Context
 from engine.fit import fit
 from engine.identity import CONCLUDED, DONE, as_trained, state, state_for_all, stored_result
@@ -24,6 +24,7 @@ from engine.outcome import Tested, load_tested, test
 from engine.paths import log_folder, own_checkpoint, setting
 from engine.plans import Plan
 from engine.resume import load_resumed
+from engine.tables import as_text
 from utils import distributed, workers
 from utils.compiled import check_compiler, reset_compiler
 from utils.errors import UserError

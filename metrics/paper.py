@@ -1,4 +1,4 @@
-"""The numbers of the paper's tables 1 and 2 (`paper.json`, which names its source), in percent."""
+"""The numbers of the papers' tables, in percent (`paper.json`, which names its sources)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LISTS = {"voc": (10582, 1449), "ade": (20210, 2000)}
 
 
 def paper_scores(dataset: str, task: str, overlap: bool, method: str) -> dict[str, float]:
-    """Column -> mean IoU in percent, background not counted; {} where the paper has no such row.
+    """MiB's table: column -> mean IoU without background; {} where it has no such row.
 
     Columns are old, new and all for VOC, for ADE "1-100" and so on, and all. The paper's joint
     training is the task "offline", of which only the column all is known whatever the method.
@@ -27,6 +27,23 @@ def paper_scores(dataset: str, task: str, overlap: bool, method: str) -> dict[st
     values = tables.get(method, {}).get(setting)
     columns = tables["columns"] if dataset == "voc" else tables["columns"].get(task)
     return dict(zip(columns, values, strict=True)) if values else {}
+
+
+def plop_scores(dataset: str, task: str, method: str) -> dict[str, float]:
+    """PLOP's tables: old, new, all, average over the steps -> mean IoU, as far as they are known.
+
+    Old and all count the background. The setting is the overlapped one, on ADE with every image
+    that shows a new class. {} where there is no such row.
+    """
+    tables = _tables()["plop"]
+    values = tables.get(dataset, {}).get(method, {}).get(task, ())
+    named = zip(tables["columns"], values, strict=False)
+    return {column: value for column, value in named if value is not None}
+
+
+def plop_source() -> str:
+    """Whose the numbers of `plop_scores` are."""
+    return str(_tables()["plop"]["source"])
 
 
 @cache

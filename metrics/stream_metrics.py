@@ -34,7 +34,8 @@ class Scores:
     """Scores of one evaluation, in [0, 1], float64; nan where there is nothing to measure.
 
     `iou`, `accuracy` and `precision` have shape (C,) and nan for a class without ground truth.
-    `old`, `new` and `all` are the columns of the paper: mean IoU without background (index 0).
+    `old`, `new` and `all` are the columns of the paper: mean IoU without background (index 0),
+    unless `scores` was asked to count it.
     """
 
     iou: np.ndarray
@@ -89,13 +90,16 @@ class StreamSegMetrics:
         cell = torch.where(valid, truth * self.num_classes + predicted, self.num_classes**2)
         self._counts.scatter_add_(0, cell, torch.ones_like(cell))
 
-    def scores(self, old: int | None = None) -> Scores:
+    def scores(self, old: int | None = None, background: bool = False) -> Scores:
         """Scores of all pixels so far.
 
         Args:
             old: C_old, number of old classes with background: indices 1..old-1 are the old
                 classes, old..C-1 the new ones. None or 0 (step 0): no division, both are nan.
+            background: count it (index 0) in `old` and `all`, as PLOP's tables do (Douillard et
+                al., CVPR 2021).
         """
+        first = 0 if background else 1
         confusion = self.confusion.cpu().numpy().astype(np.float64)
         hits, truth, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
         total = truth.sum() or math.nan
@@ -111,9 +115,9 @@ class StreamSegMetrics:
             iou=iou,
             accuracy=accuracy,
             precision=precision,
-            old=_mean(iou[1:old]) if old else math.nan,
+            old=_mean(iou[first:old]) if old else math.nan,
             new=_mean(iou[old:]) if old else math.nan,
-            all=_mean(iou[1:]),
+            all=_mean(iou[first:]),
             with_background=_mean(iou),
             mean_acc=_mean(accuracy),
             overall_acc=float(hits.sum() / total),

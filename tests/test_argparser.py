@@ -179,6 +179,42 @@ def test_the_papers_recipe_fills_what_is_not_set(monkeypatch):
     assert parse_all(scaled)[0].notes == []
 
 
+PLOP_RECIPE = ["--recipe", "plop", "--step", "all", "--method"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "epochs", "partition"),
+    [
+        (["PLOP", "--task", "15-1", "--overlap"], (30, 30), False),
+        (["PLOP", "--task", "10-1", "--overlap"], (30, 10), False),
+        (["PLOP+EWF", "--task", "10-1", "--overlap"], (30, 30), False),
+        (["MIB", "--ewf", "--task", "10-1"], (30, 30), True),
+        (["PLOP", "--dataset", "ade", "--task", "100-50"], (60, 60), True),
+        (["PLOP", "--dataset", "ade", "--task", "100-50", "--overlap"], (60, 60), False),
+        (["PLOP", "--task", "10-1", "--epochs", "3"], (3, 3), True),
+    ],
+)
+def test_the_recipe_of_the_later_papers(argv: list[str], epochs: tuple[int, int], partition: bool):
+    first, *later = [plan.opts for plan in parse_all([*PLOP_RECIPE, *argv])]
+    assert (first.epochs, first.lr) == (epochs[0], 0.01)
+    assert {(opts.epochs, opts.lr) for opts in later} == {(epochs[1], 0.001)}
+    for opts in (first, *later):
+        assert (opts.batch_size, opts.crop_size) == (24, 512)
+        assert (opts.protocol, opts.ignore_void, opts.partition) == ("plop", True, partition)
+
+
+def test_every_part_of_the_recipe_is_a_flag():
+    typed = ["--protocol", "mib", "--no-ignore_void", "--partition", "--overlap"]
+    (plan,) = parse_all(["--recipe", "plop", *typed])
+    assert (plan.opts.protocol, plan.opts.ignore_void, plan.opts.partition) == ("mib", False, True)
+    for argv in ([], ["--recipe", "paper", "--overlap"]):
+        opts = parse_all(argv)[0].opts
+        assert (opts.protocol, opts.ignore_void, opts.partition) == ("mib", False, True)
+    (alone,) = parse_all(["--protocol", "plop", "--ignore_void", "--no_partition"])
+    assert (alone.opts.protocol, alone.opts.ignore_void) == ("plop", True)
+    assert (alone.opts.partition, alone.opts.epochs, alone.opts.batch_size) == (False, 30, 4)
+
+
 def test_step_ckpt_is_for_the_first_step_alone():
     plans = parse_all(["--task", "15-5s", "--step", "1-3", "--step_ckpt", "x.pth"])
     assert [p.opts.step_ckpt for p in plans] == ["x.pth", None, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from PIL import Image
 from dataset.catalog import DATASETS
 from engine.comparison import collect, find_files, scores_of
 from metrics import Scores
-from metrics.paper import LISTS, paper_scores
-from report import curves_of, main
+from metrics.paper import LISTS, paper_scores, plop_scores
+from report import curves_of, draw, main
 from tasks import get_task
 from utils.results import ResultKey, write_results
 
@@ -25,13 +26,13 @@ X = float("nan")  # a class without ground truth
 def put(
     logdir: Path, setting: str, name: str, step: int, iou: list[float], *,
     classes: int | list[str] = 21, method: str = "MIB", seed: int = 42,
-    lists: tuple[int, int] | None = (300, 60),
+    lists: tuple[int, int] | None = (300, 60), kinds: dict[str, str] | None = None,
 ) -> None:  # fmt: skip
     values = np.array(iou)
     scores = Scores(values, values, values, X, X, X, float(np.nanmean(values)), X, X, X, X)
     names = [f"class {i}" for i in range(classes)] if isinstance(classes, int) else classes
     write_results(logdir, setting, ResultKey(name, method, step, seed), iou, scores.means(), names,
-                  lists)  # fmt: skip
+                  lists, kinds)  # fmt: skip
 
 
 def put_15_5(logdir: Path, name: str = "MIB", shift: float = 0.0, **more) -> None:
@@ -79,7 +80,7 @@ def test_ade_has_a_column_per_step(tmp_path, capsys):
         iou = [X] + [0.5 - 0.05 * t for t in range(step + 1) for label in task.new(t) if label]
         put(tmp_path, "ade-100-10", "a", step, iou, classes=151, lists=(20210, 2000))
     text = report(capsys, tmp_path / "results", "--format", "markdown")
-    assert "### ade 100-10: mean IoU in %" in text
+    assert "### ade 100-10, protocol mib: mean IoU in %" in text
     header, ours, paper, gap = rows(text)
     assert header[4:11] == ["1-100", "101-110", "111-120", "121-130", "131-140", "141-150", "all"]
     assert ours[4:11] == ["50.0", "45.0", "40.0", "35.0", "30.0", "25.0", "45.0"]
@@ -102,6 +103,106 @@ def test_the_paper_stands_beside_its_own_data_and_no_other(tmp_path, capsys):
     assert table[2][4:7] == ["71.8", "43.3", "64.7"]
     assert table[3][4:7] == ["-11.8", "-13.3", "-11.0"]
     assert table[2][7:] == ["", "", ""]
+
+
+PLOP = {"protocol": "plop", "split": "overlapped"}
+
+
+def test_columns_of_the_later_protocol_count_the_background(tmp_path, capsys):
+    put(tmp_path, "voc-15-5-ov", "a", 0, [0.9] + [0.8] * 15, kinds=PLOP)
+    put(tmp_path, "voc-15-5-ov", "a", 1, [0.7] + [0.6] * 15 + [0.3] * 5, kinds=PLOP)
+    text = report(capsys, tmp_path / "results", "--format", "markdown")
+    assert "### voc 15-5, overlapped, protocol plop: mean IoU in %" in text
+    header, row = rows(text)
+    assert header[4:] == ["0-15", "16-20", "all", "forgetting", "average"]
+    old, everything = (15 * 60 + 70) / 16, (15 * 60 + 5 * 30 + 70) / 21
+    before = (15 * 80 + 90) / 16
+    expected = [old, 30, everything, before - old, (before + everything) / 2]
+    assert row[4:] == [f"{value:.1f}" for value in expected]
+    assert "paper" not in text
+    ((setting, found),) = collect(find_files([tmp_path / "results"])).items()
+    (run,) = curves_of(setting, found)
+    np.testing.assert_allclose(run.points["old classes"], [(0, before, X), (1, old, X)])
+    np.testing.assert_allclose(run.points["all classes"], [(0, before, X), (1, everything, X)])
+
+
+def test_protocols_and_splits_never_share_a_table(tmp_path, capsys):
+    """Rows of one file; step 0 of one protocol is no base for the other; old rows are MiB's."""
+    for name, kinds in (
+        ("before", None), ("a", {"protocol": "mib", "split": "overlapped"}), ("a", PLOP),
+        ("b", {"protocol": "plop", "split": "disjoint"}),
+    ):  # fmt: skip
+        step = 1 if kinds == PLOP else 0
+        seen = [0.9] + [0.8] * 15 + [0.3] * 5 * step
+        put(tmp_path, "voc-15-5-ov", name, step, seen, kinds=kinds)
+    text = report(capsys, tmp_path / "results", "--format", "markdown")
+    titles = [line for line in text.splitlines() if line.startswith("###")]
+    found = ("overlapped, protocol mib", "overlapped, protocol plop", "disjoint, protocol plop")
+    assert titles == [f"### voc 15-5, {kind}: mean IoU in %" for kind in found]
+    first, second, third = text.split("###")[1:]
+    assert [row[0] for row in rows(first)] == ["run", "a", "before"]
+    assert [row[0] for row in rows(second)] == ["run", "a"]
+    assert rows(second)[1][-2:] == ["-", "-"]
+    assert [row[0] for row in rows(third)] == ["run", "b"]
+    tidy = csv.DictReader(io.StringIO(report(capsys, tmp_path / "results", "--format", "csv")))
+    assert {(row["run"], row["protocol"], row["split"]) for row in tidy} == {
+        ("before", "mib", "overlapped"), ("a", "mib", "overlapped"), ("a", "plop", "overlapped"),
+        ("b", "plop", "disjoint"),
+    }  # fmt: skip
+    draw(collect(find_files([tmp_path / "results"])), tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_text().count("protocol plop") == 2
+    put(tmp_path, "voc-15-5-ov", "c", 0, [0.5] * 16, kinds={"protocol": "x", "split": "disjoint"})
+    assert main([str(tmp_path / "results")]) == 1
+    assert "voc-15-5-ov.csv has a row of x, disjoint: mend it" in capsys.readouterr().err
+
+
+def test_numbers_of_the_later_papers_stand_beside_their_protocol_alone(tmp_path, capsys):
+    for name, setting, kinds in (
+        ("plop", "voc-15-5s-ov", PLOP),
+        ("mib", "voc-15-5s-ov", {"protocol": "mib", "split": "overlapped"}),
+        ("disjoint", "voc-15-5s", PLOP | {"split": "disjoint"}),
+    ):
+        for step in range(6):
+            iou = [0.9] + [0.7] * 15 + [0.2] * step
+            put(tmp_path, setting, name, step, iou, method="PLOP", lists=LISTS["voc"], kinds=kinds)
+    text = report(capsys, tmp_path / "results", "--format", "markdown")
+    table = next(part for part in text.split("###") if "protocol plop" in part and "paper" in part)
+    assert text.count("difference") == 1
+    header, ours, paper, _ = rows(table)
+    assert header[4:7] == ["0-15", "16-20", "all"]
+    assert ours[4:7] == ["71.2", "20.0", "59.0"]
+    assert paper[4:] == ["65.1", "21.1", "54.6", "", "67.2"]
+    assert "paper: Douillard et al., PLOP, CVPR 2021" in table
+
+
+def test_ade_has_a_paper_for_each_kind_of_list(tmp_path, capsys):
+    """MiB's table for its partition in its protocol, PLOP's for the true overlapped lists."""
+    for protocol, split in product(("mib", "plop"), ("partition", "overlapped")):
+        for step in range(2):
+            iou = [0.1] + [0.4] * 100 + [0.2] * 50 * step
+            put(tmp_path, "ade-100-50-ov", f"{protocol} {split}", step, iou, classes=151,
+                lists=LISTS["ade"], kinds={"protocol": protocol, "split": split})  # fmt: skip
+    text = report(capsys, tmp_path / "results", "--format", "markdown")
+    shown = [part.splitlines()[0].strip() for part in text.split("###")[1:] if "paper" in part]
+    assert shown == [
+        "ade 100-50, protocol mib: mean IoU in %",
+        "ade 100-50, overlapped, protocol plop: mean IoU in %",
+    ]
+    later = next(part for part in text.split("###") if shown[1] in part)
+    assert rows(later)[0][4:7] == ["0-100", "101-150", "all"]
+    assert rows(later)[2][4:] == ["40.5", "17.2", "32.8", "", "37.3"]
+
+
+def test_the_numbers_of_the_later_papers():
+    assert plop_scores("voc", "15-5", "PLOP") == {
+        "old": 75.73, "new": 51.71, "all": 70.09, "average": 75.19
+    }  # fmt: skip
+    assert plop_scores("voc", "10-1", "PLOP") == {"all": 30.45}
+    assert plop_scores("voc", "15-5s", "PLOP+EWF") == {"all": 67.0}
+    assert plop_scores("ade", "50", "MIB") == {
+        "old": 45.57, "new": 21.01, "all": 29.31, "average": 38.98
+    }  # fmt: skip
+    assert plop_scores("voc", "15-5s", "MIB+EWF") == plop_scores("folder", "8-4", "PLOP") == {}
 
 
 def test_seeds_become_mean_and_deviation(tmp_path, capsys):
@@ -151,7 +252,8 @@ def test_a_shared_step_0_is_found_and_named(tmp_path, capsys):
     assert next(row for row in rows(text) if row[0] == "FT*")[-2] == "70.0"
     put(tmp_path, "voc-15-5", "FT", 1, [0.9] + [0.1] * 15 + [0.3] * 5, method="FT", seed=7)
     text = report(capsys, tmp_path / "results", "--format", "csv")
-    assert "voc-15-5,FT,FT,2,1,forgetting,,,,\n" in text  # a step 0 of another seed is no base
+    # A step 0 of another seed is no base.
+    assert "voc-15-5,FT,FT,2,1,forgetting,,,,,mib,disjoint\n" in text
     put(tmp_path, "voc-15-5", "other", 0, [0.9] + [0.7] * 15, method="none")  # now it is a guess
     text = report(capsys, tmp_path / "results", "--format", "markdown")
     assert next(row for row in rows(text) if row[0] == "FT")[-2:] == ["-", "-"]

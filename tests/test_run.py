@@ -113,6 +113,22 @@ def test_test_prints_exactly_what_training_printed(trained, work, toy, capsys):
     assert read_results(work / "logs" / "results" / f"{SETTING}.csv") == before
 
 
+def test_a_test_in_the_later_protocol_is_a_row_of_its_own(work, toy, capsys):
+    """Also of a checkpoint from before there was a choice, which is MiB's."""
+    path = checkpoint_file(work, "a", 0)
+    content = torch.load(path, weights_only=True)
+    assert content["options"].pop("protocol") == "mib"
+    torch.save(content, path)
+    assert start(toy, "--name", "a", "--test", "--method", "MIB", "--protocol", "plop") == 0
+    assert "protocol plop: classes to come are background" in capsys.readouterr().out
+    for suffix in ("", "-agg"):
+        first, second = read_results(work / "logs" / "results" / f"{SETTING}{suffix}.csv")
+        assert (first["name"], first["protocol"], first["split"]) == ("a", "mib", "overlapped")
+        assert (second["name"], second["protocol"]) == ("a+protocol=plop", "plop")
+    assert second["all"] == second["with_background"]
+    assert first["all"] != first["with_background"]
+
+
 def test_next_step_starts_from_the_one_before(work, toy, capsys):
     assert start(toy, "--name", "a", "--step", "1", "--method", "MIB") == 0
     assert "unkd" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from utils.files import atomic_write
 
 NO_GROUND_TRUTH = "X"
 LISTS = ("train_list", "val_list")
+KINDS = ("protocol", "split")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def write_results(
     means: Mapping[str, float],
     class_names: Sequence[str],
     list_lengths: tuple[int, int] | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> None:
     """Adds a tested step to both files, or replaces its row.
 
@@ -55,6 +57,8 @@ def write_results(
             `<index>:<name>`, empty where the step does not know the class yet.
         list_lengths: of the data set's train and val list, in columns LISTS of the per-class file:
             they tell the real data from a toy set in its layout.
+        kinds: of the numbers, by the names in KINDS, in columns of both files: how they were
+            measured, and how training images were chosen. Of rows without them nothing is known.
 
     Raises:
         UserError: the disk is full, the folder not writable, or a file there is no result file.
@@ -62,17 +66,18 @@ def write_results(
     per_class, mean_file = result_files(logdir, setting)
     columns = [f"{index}:{printable(name)}" for index, name in enumerate(class_names)]
     unseen = [""] * (len(columns) - len(iou))
-    row = dict(zip(LISTS, map(str, list_lengths or ()), strict=False))
+    row = dict(zip(LISTS, map(str, list_lengths or ()), strict=False)) | dict(kinds or {})
     row["mean_iou"] = _text(means["with_background"])
     row |= dict(zip(columns, [_text(value) for value in iou] + unseen, strict=True))
     _put(per_class, key, row)
-    _put(mean_file, key, {name: _text(value) for name, value in means.items()})
+    _put(mean_file, key, dict(kinds or {}) | {name: _text(v) for name, v in means.items()})
 
 
 def read_results(path: Path) -> list[dict[str, str | int | float | None]]:
     """Rows of a result file, column name -> value, in the order of the file.
 
-    name, method: str; step, seed: int; else float, nan = no ground truth, None = not seen yet.
+    name, method and KINDS: str; step, seed: int; else float, nan = no ground truth, None = not
+    seen yet.
     Raises UserError if the file is missing or damaged.
     """
     if not path.is_file():
@@ -127,7 +132,7 @@ def _text(value: float) -> str:
 
 
 def _value(column: str, text: str) -> str | int | float | None:
-    if column in ("name", "method"):
+    if column in ("name", "method", *KINDS):
         return text
     if column in ("step", "seed"):
         return int(text)

@@ -99,6 +99,19 @@ def test_label_maps(key):
         assert lut.tolist() == LABEL_MAPS[key][kind]
 
 
+def test_labels_of_the_later_protocol():
+    """Classes to come and ADE's label 0 are background in tests; void is ignored everywhere."""
+    lut = label_map(VOC, TASK, 0, train=False, rest_is_background=True)
+    assert lut[:21].tolist() == [*range(16), 0, 0, 0, 0, 0]
+    assert lut[255] == 255
+    ade = label_map(ADE, get_task("ade", "100-50"), 0, train=False, rest_is_background=True)
+    assert ade[:151].tolist() == [*range(101), *[0] * 50]
+    trained = label_map(VOC, TASK, 1, train=True, ignore_void=True)
+    assert trained[:21].tolist() == [*[0] * 16, *range(16, 21)]
+    assert trained[255] == 255
+    assert label_map(VOC, TASK, 1, train=True)[255] == 0
+
+
 # --- finding and reading files ---
 
 
@@ -411,6 +424,21 @@ def test_training_sees_its_step_and_evaluation_all_so_far(voc):
     assert 20 not in first.test[0][1]
     assert first.test[0][0].shape == (3, 8, 8)
     assert build(voc, 0, crop_val=False).test[0][0].shape == (3, 10, 12)
+
+
+def test_the_later_protocol_tests_images_with_a_class_seen_so_far(tmp_path):
+    masks = [mask_of(0, 16), mask_of(0), mask_of(3, 255), mask_of(16, 255)]
+    root = make_voc(tmp_path, [mask_of(0, 1), mask_of(0, 16)], masks)
+    options = {"rest_is_background": True, "ignore_void": True}
+    first, second = build(root, 0, **options), build(root, 1, **options)
+    assert first.test.indices.tolist() == first.val.indices.tolist() == [2]
+    assert second.test.indices.tolist() == [0, 2, 3]
+    assert first.list_lengths == (2, 4)
+    assert set(second.test[1][1].unique().tolist()) == {3, 255}
+    assert build(root, 0).test.indices.tolist() == [0, 1, 2, 3]
+    poor = make_voc(tmp_path / "poor", [mask_of(0, 1)], [mask_of(0, 16)])
+    with pytest.raises(UserError, match="no image to test holds a class of the steps up to 0"):
+        build(poor, 0, **options)
 
 
 def test_validation_on_the_train_list(voc):

@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -347,6 +348,24 @@ def test_ade_has_one_place_for_both_settings(tmp_path):
     np.save(given, np.array([2]))
     for overlap in (True, False):
         assert training_indices(ADE, root, task, 0, overlap, tmp_path).tolist() == [2]
+
+
+def test_ade_without_its_partition_is_split_like_other_data(tmp_path):
+    """Every image with a class of the step, as PLOP has it, or those without later classes."""
+    root = make_ade(tmp_path, [mask_of(1, 120), mask_of(150), mask_of(0), mask_of(3, 7)])
+    free, task = replace(ADE, partition=False), get_task("ade", "100-50")
+    for overlap, expected in ((True, [[0, 3], [0, 1]]), (False, [[3], [0, 1]])):
+        lists = [training_indices(free, root, task, t, overlap, tmp_path).tolist() for t in (0, 1)]
+        assert lists == expected
+    given = tmp_path / "data/ade/100-50-ov/train-0.npy"
+    given.parent.mkdir()
+    np.save(given, np.array([2]))
+    assert training_indices(free, root, task, 0, True, tmp_path).tolist() == [2]
+    assert training_indices(ADE, root, task, 0, True, tmp_path).tolist() == [0, 3]
+    ade = ("--dataset", "ade", "--data_root", root, "--task", "100-50", "--overlap")
+    counts = [["step 0: 2 images", "step 1: 1 images"], ["step 0: 2 images", "step 1: 2 images"]]
+    for more, lines in zip(([], ["--no-partition"]), counts, strict=True):
+        assert command(tmp_path, *ade, *more).stdout.splitlines() == lines
 
 
 # --- the command ---

@@ -105,6 +105,16 @@ def test_formulas_by_hand_old_new_and_background_apart():
     assert scores.fw_iou == pytest.approx(np.dot(weights, iou), rel=0, abs=1e-6)
 
 
+def test_old_and_all_with_background_by_hand():
+    confusion = [[6, 2, 2], [0, 4, 0], [1, 0, 3]]
+    scores = metrics_of(confusion).scores(old=2, background=True)
+    iou = [6 / 11, 4 / 6, 3 / 6]
+    assert scores.old == pytest.approx((iou[0] + iou[1]) / 2, rel=0, abs=1e-6)
+    assert scores.new == pytest.approx(iou[2], rel=0, abs=1e-6)
+    assert scores.all == scores.with_background == pytest.approx(sum(iou) / 3, rel=0, abs=1e-6)
+    assert math.isnan(metrics_of(confusion).scores(background=True).old)
+
+
 @pytest.mark.parametrize("old", [None, 0])
 def test_step_0_has_no_old_and_new(old):
     scores = metrics_of([[5, 1], [1, 5]]).scores(old)
