@@ -2,7 +2,7 @@
 
 Common contract. `update` is called once per iteration, after the backward pass of the data loss
 (gradients averaged over ranks and unscaled) and before the penalty's gradient is added; g below is
-that gradient, theta a parameter, theta_old the teacher's. `penalty` is None at step 0.
+that gradient, theta a parameter, theta_old the teacher's. There is no penalty at step 0.
 
 Two kinds of state leave a step: `export` is what the next step starts from (importances), while
 `state_dict` is all that a resume within the step needs (snapshots and counters as well).
@@ -11,7 +11,7 @@ Two kinds of state leave a step: `export` is what the next step starts from (imp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,26 +81,23 @@ class Regularizer(ABC):
     def export(self) -> dict[str, TensorDict]:
         """The importances the next step reads, as of now."""
 
-    def penalty(self) -> Tensor | None:
-        """Sum of importance * (theta - theta_old)^2 over all elements; None at step 0."""
-        if not self.importance:
-            return None
-        moved = self._moved(self.importance)
-        weighted = torch._foreach_mul(moved, list(self.importance.values()))
-        return self._total(weighted, moved)
-
     @torch.no_grad()
     def add_penalty_gradient(self, weight: float) -> Tensor | None:
-        """Add weight * d penalty / d theta to the gradients; returns weight * penalty.
+        """Add the penalty's gradient to those of the data; returns weight * penalty.
 
-        The gradient is 2 * weight * importance * (theta - theta_old). Not through `backward`,
-        whose hooks would average over the ranks once more.
+        The penalty is the sum of importance * (theta - theta_old)^2 over all elements, its gradient
+        2 * weight * importance * (theta - theta_old); at step 0 there is none. Not through
+        `backward`, whose hooks would average over the ranks once more.
         """
         if not self.importance:
             return None
-        moved = self._moved(self.importance)
+        now: list[Tensor] = [self.parameters[k] for k in self.importance]
+        moved = torch._foreach_sub(now, [self.reference[k] for k in self.importance])
         weighted = torch._foreach_mul(moved, list(self.importance.values()))
-        value = weight * self._total(weighted, moved)
+        # Importances are no less than 0, and so are the products: a norm is a sum that has a kernel
+        # for lists.
+        products = torch._foreach_mul(list(weighted), list(moved))
+        value = weight * torch.stack(torch._foreach_norm(products, 1)).sum()
         torch._foreach_mul_(weighted, 2 * weight)
         gradients, added = [], []
         for k, gradient in zip(self.importance, weighted, strict=True):
@@ -113,19 +110,6 @@ class Regularizer(ABC):
         if gradients:
             torch._foreach_add_(gradients, added)
         return value
-
-    def _moved(self, names: Iterable[str]) -> list[Tensor]:
-        """theta - theta_old by name."""
-        now: list[Tensor] = [self.parameters[k] for k in names]
-        return list(torch._foreach_sub(now, [self.reference[k] for k in names]))
-
-    @staticmethod
-    def _total(weighted: Sequence[Tensor], moved: Sequence[Tensor]) -> Tensor:
-        """Sum of the products, over all elements of all tensors."""
-        products = torch._foreach_mul(list(weighted), list(moved))
-        # Importances are no less than 0, and so are the products: a norm is a sum that has a kernel
-        # for lists.
-        return torch.stack(torch._foreach_norm(products, 1)).sum()
 
     def state(self) -> dict[tuple[str, ...], list[Tensor]]:
         """The tensors that `update` changes, and of which parameters they are."""

@@ -87,9 +87,7 @@ class Method:
     init_balanced: bool = _identity(
         False, "classifier initialisation of MiB", negatable=True, teacher=True
     )
-    icarl: bool = _identity(
-        False, "distillation of iCaRL beside BCE", negatable=True, teacher=True
-    )
+    icarl: bool = _identity(False, "distillation of iCaRL beside BCE", negatable=True, teacher=True)
     icarl_importance: float = _identity(1.0, "weight of --icarl", parse=_weight)
     icarl_disjoint: bool = _identity(False, "iCaRL as one BCE with the teacher's targets")
     icarl_bkg: bool = _identity(False, "--icarl_disjoint, background keeps its label")
@@ -99,9 +97,7 @@ class Method:
     )  # fmt: skip
     reg_importance: float = _identity(1.0, "weight of the penalty", parse=_weight)
     reg_alpha: float = _identity(0.9, "update rate of the Fisher", parse=number(float, 0, 1))
-    reg_iterations: int = _identity(
-        10, "iterations between RW scores", parse=number(int, 1)
-    )
+    reg_iterations: int = _identity(10, "iterations between RW scores", parse=number(int, 1))
     reg_no_normalize: bool = _identity(False, "use importances as they are stored")
     fix_bn: bool = flag(False, "freeze statistics, weights and biases of all norms")
     freeze: bool = flag(False, "freeze the body")
