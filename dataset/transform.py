@@ -90,11 +90,11 @@ def _resize(image: Image.Image, mask: Image.Image, size: tuple[int, int]) -> tup
     return resize(image, size), torch.from_numpy(np.array(labels))
 
 
-def resize(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """RGB image → uint8 (3 H W) of `size` (width, height), bilinear, antialiased where it shrinks.
+def resize(image: Image.Image | np.ndarray, size: tuple[int, int]) -> Tensor:
+    """RGB image, of PIL or uint8 (H W 3) → uint8 (3 H W) of `size` (width, height).
 
-    Channels last in memory. Within one level of `Image.resize`, in a quarter of its time on a CPU
-    with AVX2.
+    Bilinear, antialiased where it shrinks; channels last in memory. Within one level of
+    `Image.resize`, in a quarter of its time on a CPU with AVX2.
     """
     width, height = size
     # Were the image permuted before it becomes a batch, its strides would not show torch that the

@@ -130,6 +130,13 @@ class Upsampled:
         vertical = _band_of(height, self.size[0], self.maps.dtype, self.maps.device, *part)
         return self.maps[piece.image, piece.span], vertical, self.horizontal
 
+    def of_rows(self, image: int, rows: slice) -> Operands:
+        """The operands of some rows of an image, with no more source rows than they lie between."""
+        height = self.maps.shape[1]
+        scale = height / self.size[0]
+        low, high = (int((row + 0.5) * scale - 0.5) for row in (rows.start, rows.stop - 1))
+        return self.operands(Piece(image, rows, slice(max(0, low), min(high + 2, height))))
+
     def each_piece(
         self, work: Callable[[Piece], Result], piece_size: int | None, threads: bool = True
     ) -> Iterator[tuple[Piece, Result]]:

@@ -18,10 +18,7 @@ from tests.conftest import ROOT
 ARROWS = {
     "run": {"engine", "utils"},
     "report": {"engine", "utils"},
-    "predict": {
-        "argparser", "dataset", "engine", "methods", "modules", "segmentation_module", "tasks",
-        "utils",
-    },
+    "predict": {"dataset", "engine", "modules", "utils"},
     "engine": {
         "argparser", "dataset", "methods", "metrics", "modules", "segmentation_module", "tasks",
         "train", "utils",

@@ -8,54 +8,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 import predict
-from dataset.transform import EvalTransform, normalize, to_tensor
+from dataset.transform import normalize, to_tensor
 from dataset.voc import VOC
 from engine.checkpoint import load
 from engine.plans import parse as parse_run
-from methods.averaging import average_probabilities, predict_average, versions
 from modules.norm import get_norm
-from predict import main, network_size, read_rgb, read_size
+from predict import main
 from segmentation_module import make_model
-from tasks import get_task
-from utils import checkpoint
-from utils.errors import UserError
+from tests.checkpoints import FLAGS, SEEN, picture, write_checkpoint
 from utils.pictures import overlay, palette
-
-STEPS = [[0, 3, 7], [1, 12]]  # head order is not label order
-SEEN = [0, 3, 7, 1, 12]
-FLAGS = ["--backbone", "resnet18", "--crop_size", "64", "--norm_act", "abn"]
-
-
-def write_checkpoint(path: Path, knows_itself: bool = True, **changes) -> Path:
-    """A ResNet-18 with random weights and a balanced guess, with options as run.py stores them."""
-    opts = parse_run(FLAGS)[0].opts
-    steps = STEPS if knows_itself else get_task("voc", "15-5").steps[:1]
-    torch.manual_seed(0)
-    pooling = opts.pooling if knows_itself else 32
-    model = make_model(
-        "resnet18", get_norm("abn"), [len(labels) for labels in steps], pooling=pooling
-    )
-    for classifier in model.cls:
-        torch.nn.init.normal_(classifier.weight, std=1.0)
-    content = {"model_state": model.state_dict()}
-    if knows_itself:
-        options = opts.record() | {"step": len(steps) - 1}
-        content |= {"options": options, "steps": steps, **changes}
-    checkpoint.save(path, content)
-    return path
 
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("ckpt") / "MIB_1.pth")
-
-
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def run(ckpt: Path, out: Path, *arguments: object) -> int:
@@ -174,10 +142,12 @@ def test_several_folders_keep_their_names_and_clashes_are_refused(ckpt, tmp_path
     [
         (["gone.png"], "no image or folder gone.png: check the name"),
         (["."], "no picture in ."),
-        (["x.png", "--scales", "0"], "--scales must lie between 0.1 and 10"),
-        (["x.png", "--batch_size", "0"], "--batch_size must be at least 1"),
+        (["x.png", "--scales", "0"], "--scales: 0 is out of range (at least 0.1, at most 10)"),
+        (["x.png", "--batch_size", "0"], "--batch_size: 0 is out of range (at least 1)"),
+        (["x.png", "--window", "5"], "window 5: give at least 32 pixels, 0 for none"),
+        (["x.png", "--flop"], "--flop; `python predict.py --help` lists every flag"),
         (["x.png", "--step", "1"], "knows what it is: drop --step"),
-        (["x.png", "--ckpt", "gone.pth"], "no checkpoint at gone.pth: check --ckpt"),
+        (["x.png", "--ckpt", "gone.pth"], "no checkpoint at gone.pth: check the path"),
     ],
 )
 def test_what_cannot_work_is_one_line(ckpt, tmp_path, arguments, message, capsys, monkeypatch):
@@ -213,122 +183,31 @@ def test_names_of_own_data_come_out_of_the_checkpoint(tmp_path):
     assert stored["class_names"].tolist() == [names[label] for label in SEEN]
 
 
-# --- images ---
+# --- large images; the crop is 64 ---
 
 
-def test_every_mode_is_read_as_it_looks(tmp_path):
-    ramp = np.linspace(0, 255, 48).round().astype(np.uint8).reshape(6, 8)
-    grey = np.repeat(ramp[..., None], 3, 2)
-    forms = {
-        "L.png": Image.fromarray(ramp),
-        "16.png": Image.fromarray(ramp.astype(np.uint16) * 257),
-        "16.tif": Image.fromarray(ramp.astype(np.uint16) * 257),
-        "I.tif": Image.fromarray(ramp.astype(np.int32)),
-        "F.tif": Image.fromarray(ramp.astype(np.float32)),
-        "P.png": Image.fromarray(grey).quantize(64),
-        "LA.png": Image.fromarray(ramp).convert("LA"),
-        "RGBA.png": Image.fromarray(grey).convert("RGBA"),
-        "CMYK.tif": Image.fromarray(grey).convert("CMYK"),
-        "gif.gif": Image.fromarray(ramp),
-        "webp.webp": Image.fromarray(grey),
-    }
-    for name, image in forms.items():
-        image.save(tmp_path / name, **({"lossless": True} if name == "webp.webp" else {}))
-        read = read_rgb(tmp_path / name)
-        assert (read.mode, read.size) == ("RGB", (8, 6)), name
-        assert abs(np.asarray(read).astype(int) - grey).max() <= 4, name
-    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "dark.png")  # by range, not content
-    assert np.asarray(read_rgb(tmp_path / "dark.png")).max() == 1
-    Image.fromarray(ramp > 127).save(tmp_path / "1.png")
-    assert np.array_equal(np.asarray(read_rgb(tmp_path / "1.png"))[..., 0], (ramp > 127) * 255)
+def test_windows_are_chosen_by_themselves_and_said_once(ckpt, tmp_path, capsys):
+    for name, size in {"a": (200, 140), "b": (200, 140), "c": (70, 200), "d": (128, 128)}.items():
+        picture(*size).save(tmp_path / f"{name}.png")
+    inputs = [tmp_path / f"{name}.png" for name in "abcd"]
+    assert run(ckpt, tmp_path / "auto", *inputs, "--scores") == 0
+    (line,) = capsys.readouterr().out.splitlines()[1:-1]
+    assert line.startswith("windows of 64 pixels for 2 images, more than twice as large; --window")
+    assert run(ckpt, tmp_path / "off", *inputs, "--window", 0) == 0
+    assert capsys.readouterr().out.splitlines()[1:-1] == []
+    assert run(ckpt, tmp_path / "on", *inputs, "--window", 64) == 0
+    assert capsys.readouterr().out.splitlines()[1:-1] == ["windows of 64 pixels for 4 images"]
 
+    def mask(folder: str, name: str) -> np.ndarray:
+        return np.asarray(Image.open(tmp_path / folder / "masks" / f"{name}.png"))
 
-def test_transparent_pixels_are_white(tmp_path):
-    pixels = np.zeros((2, 2, 4), dtype=np.uint8)
-    pixels[0, 0] = (10, 20, 30, 255)
-    Image.fromarray(pixels).save(tmp_path / "x.png")
-    read = np.asarray(read_rgb(tmp_path / "x.png"))
-    assert read[0, 0].tolist() == [10, 20, 30]
-    assert (read[1] == 255).all()
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_the_image(tmp_path, orientation):
-    upright = picture(24, 16)
-    undo = {1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-            4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-            6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
-            8: Image.Transpose.ROTATE_270}[orientation]  # fmt: skip
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    stored = upright if undo is None else upright.transpose(undo)
-    stored.save(tmp_path / "x.png", exif=exif)
-    assert read_size(tmp_path / "x.png") == (24, 16)
-    assert np.array_equal(np.asarray(read_rgb(tmp_path / "x.png")), np.asarray(upright))
-
-
-def test_the_network_sees_the_size_of_the_evaluation():
-    for width, height in [(320, 487), (500, 375), (101, 99), (96, 96)]:
-        size = network_size(width, height, 96)
-        image = Image.new("RGB", (width, height))
-        crop, _ = EvalTransform(96)(image, image.convert("L"), np.random.default_rng(0))
-        assert min(size) == 96
-        assert crop.shape == (3, 96, 96)
-    assert network_size(320, 487, 96) == (96, 96 * 487 // 320)
-    assert network_size(500, 10, 0) == (500, 10)
-    assert network_size(5000, 2, 64) == (256, 1)  # not 160,000 wide
-
-
-# --- averaging ---
-
-
-class Edge(torch.nn.Module):
-    """A network of output stride 4 that sees left from right."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.conv = torch.nn.Conv2d(3, 6, 5, stride=4, padding=2)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.conv(images)
-
-
-def test_averaging_is_the_mean_of_full_size_probabilities():
-    network, images = Edge().eval(), torch.randn(2, 3, 40, 56)
-    maps = versions(network, images, scales=(1, 0.5, 1.25), flip=True)
-    size = (37, 53)
-
-    def full(logits: Tensor) -> Tensor:
-        return torch.nn.functional.interpolate(logits, size, mode="bilinear")
-
-    total, sigmoids = [], []
-    with torch.no_grad():
-        for scale in (1, 0.5, 1.25):
-            scaled = torch.nn.functional.interpolate(
-                images, (round(40 * scale), round(56 * scale)), mode="bilinear", antialias=True
-            )
-            for logits in (network(scaled), network(scaled.flip(3)).flip(3)):
-                total.append(full(logits).softmax(1))
-                sigmoids.append(full(logits).sigmoid())
-    mean = torch.stack(total).mean(0)
-    got = average_probabilities(maps, size)
-    assert (got.shape, got.dtype) == ((2, 6, 37, 53), torch.float16)
-    torch.testing.assert_close(got.float(), mean, atol=1e-3, rtol=0)
-    torch.testing.assert_close(
-        average_probabilities(maps, size, binary=True).float(), torch.stack(sigmoids).mean(0),
-        atol=1e-3, rtol=0,
-    )  # fmt: skip
-    assert (predict_average(maps, size) == mean.argmax(1)).float().mean() > 0.999
-
-
-def test_flip_averaging_does_not_know_left_from_right():
-    network, images = Edge().eval(), torch.randn(1, 3, 32, 32)
-    straight = predict_average(versions(network, images, flip=True), (32, 32))
-    mirrored = predict_average(versions(network, images.flip(3), flip=True), (32, 32))
-    assert torch.equal(straight, mirrored.flip(2))
-    alone = predict_average(versions(network, images), (32, 32))
-    assert not torch.equal(alone, straight)
+    same = {name: np.array_equal(mask("auto", name), mask("off", name)) for name in "abcd"}
+    assert same == {"a": False, "b": False, "c": True, "d": True}
+    assert np.array_equal(mask("auto", "a"), mask("on", "a"))
+    assert not np.array_equal(mask("auto", "c"), mask("on", "c"))
+    stored = np.load(tmp_path / "auto/scores/a.npz")["probabilities"]
+    assert (stored.shape, stored.dtype) == ((5, 140, 200), np.float16)
+    assert (np.array(SEEN)[stored.argmax(0)] == mask("auto", "a")).mean() > 0.99
 
 
 # --- overlay ---
@@ -359,32 +238,10 @@ def test_output_that_cannot_be_written_stops_with_one_line(ckpt, tmp_path, capsy
     assert "cannot write" in capsys.readouterr().err
 
 
-def test_formats_that_start_other_programs_are_not_read(tmp_path):
-    assert "EPS" not in predict.FORMATS
-    picture(8, 8).save(tmp_path / "x.png", format="PCX")  # stands for all that is not listed
-    for read in (read_rgb, read_size):
-        with pytest.raises(UserError, match="x.png cannot be read .no JPEG, PNG"):
-            read(tmp_path / "x.png")
-
-
-def test_the_size_is_that_of_the_test_unless_told(ckpt, tmp_path, monkeypatch):
-    picture(80, 64).save(tmp_path / "x.png")
-    seen = []
-
-    def spy(width: int, height: int, shorter: int) -> tuple[int, int]:
-        seen.append(shorter)
-        return network_size(width, height, shorter)
-
-    monkeypatch.setattr(predict, "network_size", spy)
-    options = {**parse_run(FLAGS)[0].opts.record(), "step": 1, "crop_val": False}
-    whole = write_checkpoint(tmp_path / "whole.pth", options=options)
-    for path, flags in ((ckpt, []), (ckpt, ["--size", 32]), (ckpt, ["--size", 0]), (whole, [])):
-        assert run(path, tmp_path / "out", tmp_path / "x.png", *flags) == 0
-    assert seen == [64, 32, 0, 0]
-
-
 def test_batches_are_filled_with_images_of_one_size():
     jobs = [predict.Job(Path(f"{i}.png"), Path(str(i))) for i in range(5)]
     sizes = dict(zip(jobs, [(8, 8), (9, 9), (8, 8), (9, 9), (8, 8)], strict=True))
     batches = [[job.name.name for job in batch] for batch in predict.batches(sizes, 2)]
     assert batches == [["0", "2"], ["4"], ["1", "3"]]
+    batches = [[job.name.name for job in b] for b in predict.batches(sizes, 2, jobs[1:2])]
+    assert batches == [["0", "2"], ["4"], ["1"], ["3"]]

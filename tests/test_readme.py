@@ -8,7 +8,9 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import predict
@@ -16,9 +18,11 @@ import report
 from argparser import get_parser
 from benchmarks import ceilings, data, eval, loss, norm, startup, step
 from dataset import check, from_coco, splits
+from dataset.voc import VOC
 from engine import gallery
 from engine.plans import parse
 from methods.table import METHODS, Method
+from tests.checkpoints import picture, write_checkpoint
 from tests.conftest import ROOT
 from utils.flags import Switch, flags_of
 from utils.version import VERSION
@@ -101,6 +105,24 @@ def test_there_are_commands_for_every_launcher():
     text = "\n".join(commands("run.py"))
     assert "torchrun --nnodes" in text
     assert text.count("torch.distributed.launch") >= 4
+
+
+def test_the_lines_of_python_run(tmp_path, monkeypatch):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    (lines,) = (block for block in blocks if "load_predictor" in block)
+    assert len(lines.splitlines()) == 3
+    (path,) = re.findall(r'"(.*?\.pth)"', lines)
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path(path))
+    pixels = np.array(picture(50, 40))
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    for image in (Image.fromarray(pixels), pixels, tensor, tensor / 255):
+        names = {"image": image}
+        exec(lines, names)
+        predictor, labels = names["predictor"], names["labels"]
+        assert (labels.shape, labels.dtype) == ((40, 50), np.uint8)
+        assert {predictor.class_names[label] for label in np.unique(labels)} <= set(VOC.class_names)
+        assert predictor.probabilities(image).shape == (len(predictor.labels), 40, 50)
 
 
 def flags_table() -> str:
