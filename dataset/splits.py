@@ -29,13 +29,9 @@ log = logging.getLogger(__name__)
 
 
 def training_indices(
-    spec: DatasetSpec,
-    data_root: Path,
-    task: Task,
-    step: int,
-    overlap: bool,
+    spec: DatasetSpec, data_root: Path, task: Task, step: int, overlap: bool,
     workdir: Path = Path("."),
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """(N,) int64 positions in the train list of the images of `step`.
 
     A list that the user put at `workdir`/data/<dataset>/<task>[-ov]/train-<step>.npy is used as it

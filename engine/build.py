@@ -206,12 +206,9 @@ class Training:
 
 
 def build_learner(
-    context: Context,
-    student: IncrementalSegmentationModule,
-    teacher: nn.Module | None,
-    previous: dict[str, Any],
-    max_iters: int,
-) -> Learner:
+    context: Context, student: IncrementalSegmentationModule, teacher: nn.Module | None,
+    previous: dict[str, Any], max_iters: int,
+) -> Learner:  # fmt: skip
     """Fresh optimizer and schedule for the step; parameter groups body / head / cls.
 
     `previous` is the checkpoint of the step before, whose importances a regulariser reads.

@@ -40,13 +40,9 @@ class Regularizer(ABC):
     exported: tuple[str, ...]  # names of the importances that the next step reads
 
     def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        earlier: Mapping[str, TensorDict] | None = None,
-        *,
-        normalize: bool = True,
-    ) -> None:
+        self, student: nn.Module, teacher: nn.Module | None,
+        earlier: Mapping[str, TensorDict] | None = None, *, normalize: bool = True,
+    ) -> None:  # fmt: skip
         self.parameters = dict(student.named_parameters())
         old = dict(teacher.named_parameters()) if teacher is not None else {}
         self.reference = {k: old[k].detach() for k in self.parameters if k in old}
@@ -125,10 +121,12 @@ class Regularizer(ABC):
         for name in self.tensors:
             own, stored = getattr(self, name), state.get(name)
             # Snapshots begin with the first update; the others have every parameter.
-            whole = isinstance(stored, Mapping) and (name == "snapshot" or set(own) == set(stored))
-            if not whole or not all(
-                k in self.parameters and v.shape == self.parameters[k].shape
-                for k, v in stored.items()
+            if not isinstance(stored, Mapping) or not (
+                (name == "snapshot" or set(own) == set(stored))
+                and all(
+                    k in self.parameters and v.shape == self.parameters[k].shape
+                    for k, v in stored.items()
+                )
             ):
                 raise UserError(f"the checkpoint's regularizer state does not fit: {name!r}")
             own.clear()

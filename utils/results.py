@@ -39,15 +39,10 @@ def result_files(logdir: Path, setting: str) -> tuple[Path, Path]:
 
 
 def write_results(
-    logdir: Path,
-    setting: str,
-    key: ResultKey,
-    iou: Sequence[float],
-    means: Mapping[str, float],
-    class_names: Sequence[str],
-    list_lengths: tuple[int, int] | None = None,
+    logdir: Path, setting: str, key: ResultKey, iou: Sequence[float], means: Mapping[str, float],
+    class_names: Sequence[str], list_lengths: tuple[int, int] | None = None,
     kinds: Mapping[str, str] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Adds a tested step to both files, or replaces its row.
 
     Args:
