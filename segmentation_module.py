@@ -96,7 +96,7 @@ def make_model(
 
 
 def load_pretrained(body: nn.Module, backbone: str, source: str | Path | None = None) -> None:
-    """Load ImageNet weights into a body of random weights; it computes what they computed.
+    """Load ImageNet weights into a body, which then computes what their own network computed.
 
     `source` is a file, the word "torchvision", or None for
     `pretrained/<backbone>_iabn_sync.pth.tar`: `modules/pretrained.py` says which layouts it reads

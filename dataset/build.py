@@ -1,4 +1,4 @@
-"""The images and labels of one step of a task."""
+"""The training, validation and test set of one step of a task."""
 
 from dataclasses import dataclass
 from pathlib import Path

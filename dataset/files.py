@@ -66,7 +66,8 @@ class Tree:
     def walk(self, folder: str = "") -> Iterator[str]:
         """Paths, relative to the root, of all files below `folder`, folder by folder, sorted.
 
-        Hidden files and folders are left out, and links to a folder that they lie in.
+        Hidden files and folders are left out, and links to a folder above them, which would never
+        end.
         """
         yield from self._walk(os.path.join(self.root, folder) if folder else self.root, ())
 

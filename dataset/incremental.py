@@ -1,4 +1,4 @@
-"""The images and labels of one step."""
+"""Samples of a data set with their labels mapped for one step."""
 
 import os
 from collections.abc import Sequence

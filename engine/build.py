@@ -65,7 +65,7 @@ def build_data(context: Context) -> StepDatasets:
 
 
 def start_workers(context: Context) -> None:
-    """Let what data workers import be imported in the background, if there will be any."""
+    """Start the process that forks data workers, if there will be any: its imports take seconds."""
     if context.opts.num_workers:
         workers.context(IncrementalSegmentation)
 
@@ -223,7 +223,7 @@ def build_learner(
         # learn whether a gradient overflowed.
         fused=True,
     )  # fmt: skip
-    # A fused first step that overflows would leave behind a momentum that nobody has written.
+    # Without this a fused first step that overflows leaves uninitialised memory as momentum.
     for weight in (p for group in optimizer.param_groups for p in group["params"]):
         optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     scheduler = make_scheduler(

@@ -24,13 +24,13 @@ TensorDict = dict[str, Tensor]
 
 
 class Regularizer(ABC):
-    """Base of the three.
+    """Base of EWC, PI and RW.
 
     Args:
         student: the bare model (not wrapped for distribution). Parameters without a gradient
             (`--freeze`, `--fix_bn`) keep their importances and add nothing.
         teacher: the model of the step before, None at step 0.
-        earlier: what that step exported; its tensors are penalised after `norm`.
+        earlier: what that step exported, of which the penalty's importances are made.
         normalize: scale each stored tensor to [0, 1] before use (`--reg_no_normalize` off).
 
     Raises UserError where `earlier` does not fit the teacher.
@@ -109,8 +109,8 @@ class Regularizer(ABC):
 
     def state(self) -> dict[tuple[str, ...], list[Tensor]]:
         """The tensors that `update` changes, and of which parameters they are."""
-        lists = {name: getattr(self, name) for name in self.tensors if name != "start"}
-        return {(name, *tensors): list(tensors.values()) for name, tensors in lists.items()}
+        changing = {name: getattr(self, name) for name in self.tensors if name != "start"}
+        return {(name, *tensors): list(tensors.values()) for name, tensors in changing.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Running state for a resume within the step."""
