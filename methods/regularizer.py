@@ -208,7 +208,8 @@ class PI(Regularizer):
     def update(self) -> None:
         names, moved, gradients = self._moved(self.snapshot)
         if names:
-            torch._foreach_addcmul_([self.delta[k] for k in names], gradients, moved)
+            torch._foreach_mul_(moved, gradients)
+            torch._foreach_add_([self.delta[k] for k in names], moved)
 
     def export(self) -> dict[str, TensorDict]:
         score, earlier = {}, self.earlier.get("score", {})
