@@ -25,7 +25,7 @@ _positive = number(float, 0, open_low=True)
 
 
 def _free(default: Any, help: str, **settings: Any) -> Any:
-    """A flag on which nothing depends that is computed."""
+    """A flag that does not change what is computed."""
     return flag(default, help, resume="free", **settings)
 
 

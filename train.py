@@ -134,17 +134,11 @@ class Clock:
 
 
 def train_epoch(
-    learner: Learner,
-    objective: Objective,
-    batches: Iterable[Batch],
-    device: torch.device,
-    *,
-    epoch: int,
-    start: int = 0,
-    interval: int = 10,
+    learner: Learner, objective: Objective, batches: Iterable[Batch], device: torch.device, *,
+    epoch: int, start: int = 0, interval: int = 10,
     on_iteration: Callable[[int], None] = lambda iteration: None,
     on_log: Callable[[LogPoint], None] = lambda point: None,
-) -> dict[str, float]:
+) -> dict[str, float]:  # fmt: skip
     """Train over `batches`, the first of which is iteration `start` of the epoch.
 
     `on_iteration` is called after every iteration with the number done in this epoch, `on_log`
@@ -182,12 +176,9 @@ Classify = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 
 @torch.inference_mode()
 def evaluate(
-    objective: Objective,
-    batches: Iterable[Batch],
-    num_classes: int,
-    device: torch.device,
+    objective: Objective, batches: Iterable[Batch], num_classes: int, device: torch.device,
     classify: Classify = lambda images, logits, size: predict(logits, size),
-) -> tuple[StreamSegMetrics, dict[str, float]]:
+) -> tuple[StreamSegMetrics, dict[str, float]]:  # fmt: skip
     """Confusion matrix over all ranks' batches, and each term's mean over the images.
 
     Rows of the matrix are the truth; labels >= num_classes (void, future classes) count nowhere.

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.draws import VAL_SHARE, generator
+from dataset.draws import draw_share
 from dataset.layout import FILE, MAX_CLASSES, read_layout
 from utils.constants import IGNORE_INDEX
 from utils.errors import UserError
@@ -130,10 +130,7 @@ def _mask(coco: Any, key: int, positions: dict[int, int], annotations: Path) -> 
 
 def _describe(out: Path, names: list[str], files: list[str], val_share: float) -> None:
     """Write lists and dataset.json. Raises UserError for names that dataset.json cannot hold."""
-    number = min(max(1, round(val_share * len(files))), len(files) - 1)
-    val = set(generator(VAL_SHARE, 0).permutation(len(files))[:number].tolist())
-    for split in ("train", "val"):
-        lines = [name for i, name in enumerate(files) if (i in val) == (split == "val")]
+    for split, lines in zip(("train", "val"), draw_share(files, val_share, seed=0), strict=True):
         (out / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8")
     text = {"classes": names, "train": "train.txt", "val": "val.txt"}
     (out / FILE).write_text(json.dumps(text, indent=2, ensure_ascii=False) + "\n", "utf-8")

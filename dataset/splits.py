@@ -29,13 +29,9 @@ log = logging.getLogger(__name__)
 
 
 def training_indices(
-    spec: DatasetSpec,
-    data_root: Path,
-    task: Task,
-    step: int,
-    overlap: bool,
+    spec: DatasetSpec, data_root: Path, task: Task, step: int, overlap: bool,
     workdir: Path = Path("."),
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """(N,) int64 positions in the train list of the images of `step`.
 
     A list that the user put at `workdir`/data/<dataset>/<task>[-ov]/train-<step>.npy is used as it
@@ -164,7 +160,8 @@ def _partition(spec: DatasetSpec, presence: np.ndarray, task: Task) -> list[np.n
     """One step per image, as the authors of the reference drew ADE's lists.
 
     Rare classes that still lack images attract: the score of a class k of the image is
-    120·(1 − added_k / n_k) + Σ_j n_j / n_k over the image's classes j; the first best decides.
+    120·(1 − added_k / n_k) + Σ_j n_j / n_k over the image's classes j; the class with the highest
+    score, of several the first, takes the image to its step.
     """
     if finer := (spec.joined or {}).get(task.name):
         parts = get_task(spec.name, finer)

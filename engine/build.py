@@ -65,7 +65,7 @@ def build_data(context: Context) -> StepDatasets:
 
 
 def start_workers(context: Context) -> None:
-    """Let what data workers import be imported in the background, if there will be any."""
+    """Start the process that forks data workers, if there will be any: its imports take seconds."""
     if context.opts.num_workers:
         workers.context(IncrementalSegmentation)
 
@@ -206,12 +206,9 @@ class Training:
 
 
 def build_learner(
-    context: Context,
-    student: IncrementalSegmentationModule,
-    teacher: nn.Module | None,
-    previous: dict[str, Any],
-    max_iters: int,
-) -> Learner:
+    context: Context, student: IncrementalSegmentationModule, teacher: nn.Module | None,
+    previous: dict[str, Any], max_iters: int,
+) -> Learner:  # fmt: skip
     """Fresh optimizer and schedule for the step; parameter groups body / head / cls.
 
     `previous` is the checkpoint of the step before, whose importances a regulariser reads.
@@ -226,7 +223,7 @@ def build_learner(
         # learn whether a gradient overflowed.
         fused=True,
     )  # fmt: skip
-    # A fused first step that overflows would leave behind a momentum that nobody has written.
+    # Without this a fused first step that overflows leaves uninitialised memory as momentum.
     for weight in (p for group in optimizer.param_groups for p in group["params"]):
         optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     scheduler = make_scheduler(

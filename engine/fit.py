@@ -112,9 +112,8 @@ def run_epoch(
 ) -> None:
     """One epoch of training from where it stands, with a progress bar and curves."""
     opts, progress = context.opts, training.progress
-    epoch, first = progress.epoch, progress.iteration
     iterations = training.batches.iterations_per_epoch
-    training.batches.set_epoch(epoch, first)
+    training.batches.set_epoch(epoch := progress.epoch, first := progress.iteration)
     tune_convolutions(context, training=True)
     waiting: list[float] = []
     batches = until_stopped(

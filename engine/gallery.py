@@ -4,9 +4,9 @@
 
 Columns: the image, the truth, then a checkpoint each, such as step 0, FT and MIB after step 1. The
 images are chosen by a rule, not by eye. A tenth of the validation images is looked at: those with
-the most classes, and before them those that hold old and new ones. Of these the last checkpoint
-given labels some better than others; the image in the middle is shown, of several every one that
-parts them into equal shares.
+the most classes, and before them those that hold old and new ones. These are put in the order of
+the last checkpoint's accuracy on them; shown is the one in the middle, with `--count N` those that
+divide the order into N + 1 equal parts.
 """
 
 from __future__ import annotations
@@ -109,12 +109,12 @@ def draw(columns: Sequence[Column], count: int) -> list[np.ndarray]:
 def choose(data: IncrementalSegmentation, column: Column, count: int) -> list[int]:
     """Which images are shown: see the top of this file."""
 
-    def wealth(index: int) -> tuple[bool, int]:
+    def variety(index: int) -> tuple[bool, int]:
         classes = np.setdiff1d(data[index][1].numpy(), [0, IGNORE_INDEX])
         new = classes >= (column.context.old_classes or 0)
         return bool(new.any() and not new.all()), len(classes)
 
-    rich = sorted(range(len(data)), key=wealth, reverse=True)[: max(count, len(data) // SHARE)]
+    rich = sorted(range(len(data)), key=variety, reverse=True)[: max(count, len(data) // SHARE)]
     found = predict_samples(column.model, column.context.precision, (data[i] for i in rich))
     right = [float((truth == labels)[truth != IGNORE_INDEX].mean()) for _, truth, labels in found]
     order = [rich[i] for i in np.argsort(right, kind="stable")]

@@ -89,12 +89,9 @@ def averaging(context: Context, tested: Tested) -> Classify:
 
 
 def report(
-    context: Context,
-    metrics: StreamSegMetrics,
-    iteration: int,
-    list_lengths: tuple[int, int],
+    context: Context, metrics: StreamSegMetrics, iteration: int, list_lengths: tuple[int, int],
     logger: Logger,
-) -> None:
+) -> None:  # fmt: skip
     """Print and write a tested step's scores."""
     names = [printable(name) for name in context.class_names]
     scores = context.scores(metrics)

@@ -77,7 +77,7 @@ class _Command(NamedTuple):
         return Plan(opts, notes)
 
     def run_name(self, method: str) -> str:
-        """What a run is called whose name was not typed: its method, and a seed of its own."""
+        """The name of a run if none was typed: its method, and its seed unless that is usual."""
         name = self.values["name"] if method == NO_METHOD.name else method
         seed = self.given.get("random_seed", DEFAULT_SEED)
         return name if seed == DEFAULT_SEED else f"{name}-seed{seed}"
@@ -183,7 +183,7 @@ def _recipe(values: Mapping[str, Any], task: str, method: Method, world: int) ->
 
 
 def _remark_on_rate(lr: float | tuple[float, float], images: int) -> list[str]:
-    """What the linear rule makes of the rates of the paper, if `images` are in an iteration."""
+    """A remark unless the paper's rates are scaled linearly to the `images` in an iteration."""
     if images == PAPER_BATCH:
         return []
     rates = lr if isinstance(lr, tuple) else (lr, lr)

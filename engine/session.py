@@ -118,7 +118,8 @@ def use_true_float32() -> None:
 def run_plan(plan: Plan, device: torch.device) -> bool:
     """Train the step unless `--test`, then test it.
 
-    Raises Interrupted if asked to stop; says whether that came when there was nothing left to stop.
+    Raises Interrupted if asked to stop. Returns whether it was asked too late, in the step's last
+    moments: then the step is done and the next one is not to begin.
     """
     opts = as_trained(plan.opts) if plan.opts.test else plan.opts
     for note in plan.notes:

@@ -64,7 +64,7 @@ def predict_average(maps: Sequence[Tensor], size: tuple[int, int], binary: bool 
 def average_probabilities(
     maps: Sequence[Tensor], size: tuple[int, int], binary: bool = False
 ) -> Tensor:
-    """Mean probabilities B C H W, float16: 2 bytes for each, so C H W of them are many.
+    """Mean probabilities B C H W, as float16 to halve their memory.
 
     Softmax over the classes; with `binary` (models trained with --bce) a sigmoid for each.
     """

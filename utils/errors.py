@@ -2,7 +2,7 @@
 
 
 def printable(text: str) -> str:
-    """Text of a file or a command line, what a terminal would obey written as escapes."""
+    """A text from outside for a terminal: control characters are written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

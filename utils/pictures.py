@@ -340,7 +340,7 @@ def _class_legend(
 def _legend(
     figure: Figure, handles: Sequence[Any], names: Sequence[str], columns: int, **style: Any
 ) -> Any:
-    """A legend with the very names, where matplotlib may hide `_name` and take `$` for formulas."""
+    """A legend of names as they are: matplotlib would hide `_name` and take `$` for formulas."""
     columns = max(1, min(columns, len(names)))
     legend = figure.legend(handles, ["x"] * len(names), ncols=columns, frameon=False, **style)
     for text, name in zip(legend.get_texts(), names, strict=True):
