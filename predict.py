@@ -8,6 +8,9 @@ with the names and folders of the input.
 
 from __future__ import annotations
 
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import argparse
 import os
 import sys
@@ -89,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Command line -> options. Raises UserError."""
-    parser = Parser(prog="predict.py", description=__doc__)
+    parser = Parser(
+        "predict.py", words="--ckpt FILE --out DIR [flags] INPUT ...", description=__doc__
+    )
     add = parser.add_argument
     add("inputs", nargs="+", type=Path, metavar="INPUT", help="images, or folders of images")
     add("--ckpt", type=Path, required=True, help="checkpoint of run.py")
@@ -101,10 +106,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch_size", type=int, default=4, help="images of equal size at a time")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     group = parser.add_argument_group("checkpoints of the reference do not know what they are")
-    group.add_argument("--dataset", choices=tuple(DATASETS))
-    group.add_argument("--task")
-    group.add_argument("--step", type=int)
-    group.add_argument("--backbone", choices=tuple(STRUCTURES))
+    group.add_argument("--dataset", choices=tuple(DATASETS), help="that it was trained on")
+    group.add_argument("--task", help="as for run.py")
+    group.add_argument("--step", type=int, help="that it was trained for")
+    group.add_argument("--backbone", choices=tuple(STRUCTURES), help="its body")
     opts = parser.parse_args(list(argv))
     if opts.batch_size < 1 or (opts.size is not None and opts.size < 0):
         raise UserError("--batch_size must be at least 1 and --size at least 0")

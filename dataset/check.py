@@ -8,7 +8,9 @@ the first files that have it. The exit status is 1 if there is any problem.
 
 from __future__ import annotations
 
-import argparse
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import os
 import re
 import sys
@@ -28,6 +30,7 @@ from dataset.spec import DatasetSpec
 from dataset.splits import step_indices
 from tasks import Task
 from utils.errors import UserError
+from utils.flags import Parser
 
 ORIENTATION = 0x0112  # EXIF tag; 1 = as stored
 SHOWN = 3  # problems of one kind that are printed
@@ -38,10 +41,14 @@ PICTURES = (".bmp", ".gif", ".jfif", ".jp2", ".tif", ".tiff", ".webp")  # which 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dataset.check", description=__doc__)
+    parser = Parser("-m dataset.check", words="DIR [flags]", description=__doc__)
     parser.add_argument("root", type=Path, metavar="DIR", help="folder with dataset.json")
     parser.add_argument("--task", nargs="+", default=[], help="tasks to count, beside listed ones")
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     try:
         lines, problems = check(options.root, options.task)
     except UserError as error:
