@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from dataset.files import Sample, Tree, read_image
 from dataset.folder import SUFFIXES, collect_samples, folder_spec, index_files
-from dataset.layout import Layout, read_layout
+from dataset.layout import FILE, Layout, read_layout
 from dataset.spec import DatasetSpec
 from dataset.splits import step_indices
 from tasks import Task
@@ -34,8 +34,12 @@ from utils.flags import Parser
 
 ORIENTATION = 0x0112  # EXIF tag; 1 = as stored
 SHOWN = 3  # problems of one kind that are printed
-# A quoted name (but no id and no colour), a path, a line number, a size, a number of pixels.
-VARYING = re.compile(r"'(?!\d+'|#)[^']*'|\S*[/.]\S*|\bline \d+|\d+x\d+|\d+ pixels")
+KINDS = 10  # kinds that differ in an id, a colour or a label only, of which problems are printed
+# A quoted name (but no id and no colour), a path, a line number, a size, a count.
+VARYING = re.compile(
+    r"'(?!\d+'|#)[^']*'|\S*[/.]\S*|\bline \d+|\d+x\d+|\d+ pixels| and \d+ others"
+)
+NUMBERS = re.compile(r"'[^']*'|#\w+|\d+(, \d+)*")
 PICTURES = (".bmp", ".gif", ".jfif", ".jp2", ".tif", ".tiff", ".webp")  # which training ignores
 
 
@@ -63,15 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def summary(problems: Sequence[str], root: str) -> list[str]:
     """The problems, of each kind the first SHOWN and how many more there are.
 
-    Problems are of one kind if they differ in files, lines, sizes and counts of pixels only.
+    Problems are of one kind if they differ in files, lines, sizes and counts of pixels only. Of
+    kinds that differ in ids, colours or labels only, the first KINDS are shown.
     """
-    kinds: dict[str, list[str]] = {}
+    families: dict[str, dict[str, list[str]]] = {}
     for problem in problems:
-        kinds.setdefault(VARYING.sub("_", problem.replace(root, "")), []).append(problem)
+        kind = VARYING.sub("_", problem.replace(root, ""))
+        family = families.setdefault(NUMBERS.sub("_", kind), {})
+        family.setdefault(kind, []).append(problem)
     lines = []
-    for same in kinds.values():
-        more = len(same) - SHOWN
-        lines += same if more <= 1 else [*same[:SHOWN], f"and {more} more of this kind"]
+    for family in families.values():
+        kinds = list(family.values())
+        for same in kinds[:KINDS]:
+            more = len(same) - SHOWN
+            lines += same if more <= 1 else [*same[:SHOWN], f"and {more} more of this kind"]
+        if rest := sum(map(len, kinds[KINDS:])):
+            lines.append(f"and {rest} more like these, of other numbers")
     return lines
 
 
@@ -156,7 +167,10 @@ def _inspect(spec: DatasetSpec, sample: Sample) -> tuple[list[int], list[str]]:
         problems.append(f"{sample.image} is {w}x{h} but {sample.mask} is {mask_w}x{mask_h} pixels")
     foreign = np.flatnonzero((np.array(counts) > 0) & ~spec.known_labels)
     if foreign.size:
-        problems.append(f"{sample.mask} holds foreign labels {', '.join(map(str, foreign))}")
+        problems.append(
+            f"{sample.mask} holds foreign labels {', '.join(map(str, foreign))}: correct the mask, "
+            f"or name them in {FILE} (docs/own_data.md)"
+        )
     return counts, problems
 
 
