@@ -12,6 +12,9 @@ with the names and folders of the input. From Python:
 
 from __future__ import annotations
 
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import argparse
 import os
 import sys
@@ -70,9 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Command line -> options. Raises UserError."""
     parser = Parser(
-        prog="predict.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        "predict.py", words="--ckpt FILE --out DIR [flags] INPUT ...", description=__doc__
+    )
     add = parser.add_argument
     scale, pixels = number(float, 0.1, 10), number(int, 0)
     add("inputs", nargs="+", type=Path, metavar="INPUT", help="images, or folders of images")
@@ -90,10 +92,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "a time")  # fmt: skip
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     group = parser.add_argument_group("checkpoints of the reference do not know what they are")
-    group.add_argument("--dataset", choices=tuple(DATASETS))
-    group.add_argument("--task")
-    group.add_argument("--step", type=int)
-    group.add_argument("--backbone", choices=tuple(STRUCTURES))
+    group.add_argument("--dataset", choices=tuple(DATASETS), help="that it was trained on")
+    group.add_argument("--task", help="as for run.py")
+    group.add_argument("--step", type=int, help="that it was trained for")
+    group.add_argument("--backbone", choices=tuple(STRUCTURES), help="its body")
     return parser.parse_args(list(argv))
 
 

@@ -7,6 +7,9 @@ What happens in which order stands in `engine/session.py`.
 
 from __future__ import annotations
 
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import sys
 from collections.abc import Sequence
 

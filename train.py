@@ -18,7 +18,7 @@ from dataset.transform import normalize
 from methods.objective import Objective
 from methods.pieces import predict
 from methods.regularizer import Regularizers
-from metrics import StreamSegMetrics
+from metrics.stream_metrics import StreamSegMetrics
 from utils import distributed
 from utils.errors import UserError
 from utils.precision import Precision

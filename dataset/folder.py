@@ -136,7 +136,10 @@ def _read_list(
         stem, suffix = os.path.splitext(name)
         known = name in index if suffix.lower() not in SUFFIXES else name in index.get(stem, [])
         if not known:
-            problems.append(f"{path}, line {number}: no image {name[:200]!r}")
+            problems.append(
+                f"{path}, line {number}: no image {name[:200]!r} below {layout.images}: name it as "
+                "seen from there, without '..'"
+            )
         elif name in names:
             problems.append(f"{path}, line {number}: {name!r} stands in line {names[name]} too")
         else:

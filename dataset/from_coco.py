@@ -8,7 +8,9 @@ classes, a link to the images, and lists. Needs pycocotools (requirements-extras
 
 from __future__ import annotations
 
-import argparse
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import contextlib
 import io
 import json
@@ -26,18 +28,22 @@ from dataset.draws import draw_share
 from dataset.layout import FILE, MAX_CLASSES, read_layout
 from utils.constants import IGNORE_INDEX
 from utils.errors import UserError
+from utils.flags import Parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dataset.from_coco", description=__doc__)
+    parser = Parser(
+        "-m dataset.from_coco", words="ANNOTATIONS.json --images DIR --out DIR [flags]",
+        description=__doc__,
+    )  # fmt: skip
     add = parser.add_argument
     add("annotations", type=Path, metavar="ANNOTATIONS.json", help="an instances file of COCO")
     add("--images", type=Path, required=True, metavar="DIR", help="where its file names start")
     add("--out", type=Path, required=True, metavar="DIR", help="new folder for dataset.json")
-    add("--val_share", "--val-share", type=float, default=0.2, help="share of images to validate")
-    options = parser.parse_args(arguments)
+    add("--val_share", type=float, default=0.2, help="share of images to validate")
     try:
+        options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
         classes, images = convert(options.annotations, options.images, options.out,
                                   options.val_share)  # fmt: skip
     except (UserError, OSError) as error:

@@ -5,7 +5,9 @@
 prints how many images every step has and, if asked to, stores the lists as DIR/train-<step>.npy.
 """
 
-import argparse
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import hashlib
 import logging
 import os
@@ -24,6 +26,7 @@ from dataset.spec import DatasetSpec
 from tasks import Task, get_task
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.flags import Parser
 
 log = logging.getLogger(__name__)
 
@@ -247,15 +250,16 @@ def fingerprint(spec: DatasetSpec, samples: Sequence[Sample]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: print how many images each step has; with --out store the lists."""
-    parser = argparse.ArgumentParser(prog="python -m dataset.splits", description=__doc__)
-    parser.add_argument("--dataset", choices=[*DATASETS, OWN], default="voc")
-    parser.add_argument("--data_root", "--data-root", type=Path, default=Path("data"))
-    parser.add_argument("--task", default="19-1")
-    parser.add_argument("--overlap", "--overlapped", action="store_true")
-    parser.add_argument("--no_partition", "--no-partition", action="store_true")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="store the lists in this folder")
-    options = parser.parse_args(arguments)
+    parser = Parser("-m dataset.splits", description=__doc__)
+    add = parser.add_argument
+    add("--dataset", choices=[*DATASETS, OWN], default="voc", help="folder = docs/own_data.md")
+    add("--data_root", type=Path, default=Path("data"), metavar="DIR", help="as for run.py")
+    add("--task", default="19-1", help="B-I: B classes, then I at a time; or a fixed name")
+    add("--overlap", "--overlapped", action="store_true", help="overlapped setting")
+    add("--no_partition", action="store_true", help="as for run.py")
+    add("--out", type=Path, metavar="DIR", help="store the lists in this folder")
     try:
+        options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
         spec = get_spec(options.dataset, options.data_root)
         if options.no_partition:
             spec = replace(spec, partition=False)

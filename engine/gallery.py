@@ -11,6 +11,9 @@ divide the order into N + 1 equal parts.
 
 from __future__ import annotations
 
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,12 +49,14 @@ class Column(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
-    parser = Parser(prog="python -m engine.gallery", description=__doc__)
+    parser = Parser(
+        "-m engine.gallery", words="--out FILE [flags] CHECKPOINT ...", description=__doc__
+    )
     add = parser.add_argument
     add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="of one task, in any order")
     add("--out", type=Path, required=True, metavar="FILE", help="the picture, a PNG")
-    add("--count", type=int, default=1, help="images, one below the other (default 1)")
-    add("--data_root", "--data-root", help="where the data are now, if not where they were")
+    add("--count", type=int, default=1, help="images, one below the other")
+    add("--data_root", help="where the data are now, if not where they were")
     try:
         opts = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
         if opts.count < 1:

@@ -17,7 +17,7 @@ from engine.context import Context
 from engine.paths import result_key, setting, tested_checkpoint
 from methods.averaging import predict_average, versions
 from methods.objective import Objective
-from metrics import Scores, StreamSegMetrics, score_rows, to_table
+from metrics.stream_metrics import Scores, StreamSegMetrics, score_rows, to_table
 from segmentation_module import IncrementalSegmentationModule, load_state
 from train import Classify, evaluate
 from utils import distributed
