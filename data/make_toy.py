@@ -109,7 +109,7 @@ def _photograph(rgb: Array, rng: np.random.Generator) -> Image.Image:
 
 
 def voc_palette() -> list[int]:
-    """The 256 x 3 numbers of VOC's colour map: bit k of a label's octal digits, spread out."""
+    """The 256 x 3 numbers of VOC's colour map: label bit 3k + c is bit 7 - k of channel c."""
     labels = np.arange(256)
     palette = np.zeros((256, 3), dtype=int)
     for bit in range(8):

@@ -177,7 +177,7 @@ def record_confusion(path: str) -> None:
 
 def main(faults: Sequence[Fault], argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
-    # A background job of a shell without job control is born deaf to Ctrl-C; these tests are not.
+    # A shell without job control starts background jobs that ignore Ctrl-C, which the tests send.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     shrink()
     for fault in faults:
