@@ -302,13 +302,14 @@ def _band_of(
     size_in: int, size_out: int, dtype: torch.dtype, device: torch.device,
     first: int, end: int, low: int, high: int,
 ) -> Tensor:  # fmt: skip
-    """Rows first to end and columns low to high of `_interpolation`, in a tensor of their own.
+    """Rows first to end and columns low to high of `_interpolation`.
 
-    That is aligned, so compiled code takes it as it is.
+    On a device in a tensor of their own: that is aligned, so compiled code takes it as it is. On a
+    CPU a part of the whole, with which the product holds 30 MiB less.
     """
     with torch.inference_mode(False):
-        matrix = _interpolation(size_in, size_out, dtype, device)
-        return matrix[first:end, low:high].contiguous()
+        band = _interpolation(size_in, size_out, dtype, device)[first:end, low:high]
+        return band if device.type == "cpu" else band.contiguous()
 
 
 @lru_cache(maxsize=64)
