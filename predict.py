@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from argparser import Options
 from dataset.catalog import DATASETS, get_spec
@@ -38,6 +37,7 @@ from utils.errors import UserError
 from utils.files import atomic_write
 from utils.flags import Parser
 from utils.pictures import overlay, palette
+from utils.progress import bar
 
 # Pillow reads more, some of it by starting other programs.
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000")
@@ -296,7 +296,7 @@ def run(
             sizes[job] = read_size(job.source)
         except UserError as error:
             errors.append(str(error))
-    with tqdm(total=len(sizes), unit="image", disable=None) as bar:
+    with bar(desc="images", total=len(sizes), unit="image") as shown:
         for batch in batches(sizes, opts.batch_size):
             images = {}
             for job in batch:
@@ -306,7 +306,7 @@ def run(
                     errors.append(str(error))
             if images:
                 segment(predictor, images, opts, device)
-            bar.update(len(batch))
+            shown.update(len(batch))
     return errors
 
 
