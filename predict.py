@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from dataset.catalog import DATASETS
 from engine.predictor import Predictor, Segmented, View, load_predictor
@@ -37,6 +36,7 @@ from utils.files import atomic_write
 from utils.flags import Parser, number
 from utils.images import SUFFIXES, read_rgb, read_size
 from utils.pictures import overlay, palette
+from utils.progress import bar
 
 FOLDERS = ("masks", "overlays", "scores")
 
@@ -182,7 +182,7 @@ def run(
     if large:
         why = "" if view.window else ", more than twice as large; --window 0 switches them off"
         print(f"windows of {windows[large[0]]} pixels for {len(large)} images{why}")
-    with tqdm(total=len(sizes), unit="image", disable=None) as bar:
+    with bar(desc="images", total=len(sizes), unit="image") as shown:
         for batch in batches(sizes, opts.batch_size, large):
             images = {}
             for job in batch:
@@ -193,7 +193,7 @@ def run(
             found = predictor.segment(list(images.values()), view, opts.scores)
             for (job, image), result in zip(images.items(), found, strict=True):
                 write(predictor, targets(job, opts.out), image, result)
-            bar.update(len(batch))
+            shown.update(len(batch))
     return errors
 
 

@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launcher.check_environment()
         launcher.end_with_launcher()
-        plans = parse(sys.argv[1:] if argv is None else list(argv))
+        argv = sys.argv[1:] if argv is None else list(argv)
+        plans = parse(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # answer at once.
     from engine.session import execute
 
-    return execute(plans)
+    return execute(plans, argv)
 
 
 if __name__ == "__main__":

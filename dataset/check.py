@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from dataset.files import Sample, Tree, read_image
 from dataset.folder import SUFFIXES, collect_samples, folder_spec, index_files
@@ -31,6 +30,7 @@ from dataset.splits import step_indices
 from tasks import Task
 from utils.errors import UserError
 from utils.flags import Parser
+from utils.progress import bar
 
 ORIENTATION = 0x0112  # EXIF tag; 1 = as stored
 SHOWN = 3  # problems of one kind that are printed
@@ -141,7 +141,7 @@ def _scan(
     """Pixels of every label in every mask, (N, 256) int64, and the problems of all files."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         rows = pool.map(lambda sample: _inspect(spec, sample), samples)
-        found = list(tqdm(rows, desc=f"{split} images", total=len(samples), disable=None))
+        found = list(bar(rows, desc=f"{split} images", total=len(samples), unit="image"))
     counts = np.array([row for row, _ in found], dtype=np.int64).reshape(-1, 256)
     return counts, [problem for _, problems in found for problem in problems]
 

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from dataset.draws import draw_share
 from dataset.layout import FILE, MAX_CLASSES, read_layout
 from utils.constants import IGNORE_INDEX
 from utils.errors import UserError
 from utils.flags import Parser
+from utils.progress import bar
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +76,7 @@ def convert(annotations: Path, images: Path, out: Path, val_share: float) -> tup
     positions = {key: position for position, key in enumerate(categories, start=1)}
     stems = _plan(coco, images, annotations)
     (out / "masks").mkdir(parents=True)
-    for key, stem in tqdm(stems.items(), desc="masks", disable=None):
+    for key, stem in bar(stems.items(), desc="masks", total=len(stems), unit="mask"):
         path = out / "masks" / f"{stem}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         _mask(coco, key, positions, annotations).save(path)

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dataset.catalog import DATASETS, OWN, get_spec
 from dataset.files import Sample
@@ -27,6 +26,7 @@ from tasks import Task, get_task
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.flags import Parser
+from utils.progress import bar
 
 log = logging.getLogger(__name__)
 
@@ -202,11 +202,12 @@ def presence_table(spec: DatasetSpec, samples: Sequence[Sample], cache: Path) ->
     table = _read_presence(cache, (len(samples), spec.num_classes))
     if table is not None:
         return table
+    log.info("reading which classes %d masks hold; kept in %s", len(samples), cache)
     # Threads: decoding leaves the interpreter free, and they are safe beside CUDA and DDP.
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         rows = pool.map(lambda sample: _labels_in(spec, sample.mask), samples)
-        bar = tqdm(rows, desc=f"classes in {spec.name} masks", total=len(samples), unit="mask")
-        present = np.stack(list(bar))
+        what = f"classes in {spec.name} masks"
+        present = np.stack(list(bar(rows, desc=what, total=len(samples), unit="mask")))
     table = present[:, 1 : spec.num_classes + 1]
     with atomic_write(cache) as file:
         np.savez_compressed(file, presence=np.packbits(table, axis=1))

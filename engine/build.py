@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +34,7 @@ from segmentation_module import (
 from train import Batch, Learner
 from utils import distributed, workers
 from utils.errors import UserError
+from utils.progress import bar
 from utils.scheduler import make_scheduler
 from utils.signals import until_stopped
 
@@ -103,15 +104,16 @@ def evaluation_loader(
     return make_loader(context, data, batches, persistent)
 
 
-def evaluation_batches(context: Context, loader: DataLoader[Any]) -> Iterator[Batch]:
-    """The batches of an `evaluation_loader`.
+def evaluation_batches(context: Context, loader: DataLoader[Any], what: str) -> Iterable[Batch]:
+    """The batches of an `evaluation_loader`, with a progress bar called `what`.
 
     Raises Interrupted as soon as a process is asked to stop, in all of them after the same batch.
     """
     tune_convolutions(context, training=False)
     rounds = cast(EvalBatchSampler, loader.batch_sampler).rounds
     where = "during an evaluation; --continue_ckpt repeats it"
-    return until_stopped(workers.start(loader), rounds, lambda: where)
+    batches = until_stopped(workers.start(loader), rounds, lambda: where)
+    return bar(batches, desc=what, total=len(loader))
 
 
 # -------------------------------------------------------------------------------- models
