@@ -145,7 +145,7 @@ def test_several_folders_keep_their_names_and_clashes_are_refused(ckpt, tmp_path
         (["x.png", "--scales", "0"], "--scales: 0 is out of range (at least 0.1, at most 10)"),
         (["x.png", "--batch_size", "0"], "--batch_size: 0 is out of range (at least 1)"),
         (["x.png", "--window", "5"], "window 5: give at least 32 pixels, 0 for none"),
-        (["x.png", "--flop"], "unknown flag --flop (did you mean --flip?); `python predict.py --hel"),
+        (["x.png", "--flop"], "unknown flag --flop (did you mean --flip?); `python predict.py --"),
         (["x.png", "--step", "1"], "knows what it is: drop --step"),
         (["x.png", "--ckpt", "gone.pth"], "no checkpoint at gone.pth: check the path"),
     ],
