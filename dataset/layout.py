@@ -176,6 +176,8 @@ def read_layout(root: Path) -> tuple[Layout | None, list[str]]:
         if path.exists() and not path.is_file():  # a pipe or a device may never end
             return None, [f"{path} is no file"]
         return Layout.model_validate(json.loads(path.read_bytes())), []
+    except FileNotFoundError:
+        return None, [f"no file {path} (is this the folder? docs/own_data.md describes it)"]
     except OSError as error:
         return None, [f"{path} cannot be read ({error.strerror or error})"]
     except ValidationError as error:

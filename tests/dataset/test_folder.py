@@ -95,7 +95,7 @@ def test_tasks_by_grammar_and_by_list(own):
 def test_the_command_line_takes_it(own):
     opts = parse(["--dataset", "folder", "--data_root", str(own), "--task", "2-1"])[0].opts
     assert (opts.dataset, opts.task) == ("folder", "2-1")
-    with pytest.raises(UserError, match="cannot be read .*check lists every problem"):
+    with pytest.raises(UserError, match="no file .*is this the folder.*check lists every problem"):
         parse(["--dataset", "folder", "--data_root", str(own / "images"), "--task", "2-1"])
 
 
