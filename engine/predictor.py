@@ -263,6 +263,7 @@ def load_predictor(
     path, where = Path(path), choose_device(device)
     content = load(path, "check the path")
     told = {"dataset": dataset, "task": task, "step": step, "backbone": backbone}
+    content.pop("optimizer_state", None)  # as large as the model
     options, steps = describe(content, path, told)
     model = make_model(
         options.backbone,

@@ -43,7 +43,9 @@ def read_rgb(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path, formats=FORMATS) as opened:
-            return to_rgb(ImageOps.exif_transpose(opened))
+            opened.load()
+            ImageOps.exif_transpose(opened, in_place=True)
+            return to_rgb(opened)
     except Exception as error:
         raise _unreadable(path, error) from error
 
@@ -56,7 +58,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def as_pixels(image: Picture) -> np.ndarray:
