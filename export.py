@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -47,6 +47,10 @@ Run = Callable[[Tensor], tuple[Tensor, Tensor]]  # images -> labels, logits
 class Deployed(nn.Module):
     """From uint8 images to labels, without norms: what is exported."""
 
+    mean: Tensor
+    std: Tensor
+    label_of: Tensor
+
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
         model = predictor.model
@@ -67,7 +71,6 @@ class Deployed(nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         opts = parse(sys.argv[1:] if argv is None else list(argv))
         check_target(opts.out, opts.ckpt)
@@ -144,10 +147,10 @@ def export(predictor: Predictor, out: Path) -> str:
             f"within {deviation:.0e} of the largest")  # fmt: skip
 
 
-def metadata(predictor: Predictor) -> dict[str, str]:
-    """What a user of the file has to know, key -> JSON; docs/export.md explains the keys."""
+def metadata(predictor: Predictor) -> dict[str, Any]:
+    """What a user of the file has to know; docs/export.md explains the keys."""
     options = predictor.options
-    about = {
+    return {
         "class_names": [predictor.class_names[label] for label in predictor.labels],
         "labels": predictor.labels,
         "input": "uint8 RGB, B 3 H W, 0..255; normalised inside",
@@ -162,7 +165,6 @@ def metadata(predictor: Predictor) -> dict[str, str]:
         "backbone": options.backbone,
         "program": f"incremental segmentation {VERSION}",
     }
-    return {key: json.dumps(value) for key, value in about.items()}
 
 
 def trace(network: Deployed) -> torch.export.ExportedProgram:
@@ -174,21 +176,36 @@ def trace(network: Deployed) -> torch.export.ExportedProgram:
     return torch.export.export(network, (example,), dynamic_shapes=free)
 
 
-def to_onnx(program: torch.export.ExportedProgram, about: dict[str, str]) -> bytes:
-    """The content of an .onnx file."""
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["labels", "logits"]}
-    written = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False, **names)
+def to_onnx(program: torch.export.ExportedProgram, about: dict[str, Any]) -> bytes:
+    """The content of an .onnx file; each of the metadata is JSON."""
+    written = torch.onnx.export(
+        program, (), dynamo=True, opset_version=OPSET, verbose=False,
+        input_names=["images"], output_names=["labels", "logits"],
+    )  # fmt: skip
     assert written is not None
     model = written.model_proto
+    _name_dimensions(model.graph)
     for key, value in about.items():
-        model.metadata_props.add(key=key, value=value)
+        model.metadata_props.add(key=key, value=json.dumps(value))
     return model.SerializeToString()
 
 
-def to_pt2(program: torch.export.ExportedProgram, about: dict[str, str]) -> bytes:
-    """The content of a .pt2 file; the metadata are an extra file of each key."""
+def _name_dimensions(graph: Any) -> None:
+    """Call the free dimensions of an ONNX graph what they are; torch numbers them."""
+    dims = graph.input[0].type.tensor_type.shape.dim
+    names = {dims[i].dim_param: name for i, name in ((0, "batch"), (2, "height"), (3, "width"))}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:  # a term of them behind a stride
+                dim.dim_param = re.sub(
+                    r"\w+", lambda word: names.get(word[0], word[0]), dim.dim_param
+                )
+
+
+def to_pt2(program: torch.export.ExportedProgram, about: dict[str, Any]) -> bytes:
+    """The content of a .pt2 file, with the metadata as an extra file."""
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files=about)
+    torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(about)})
     return buffer.getvalue()
 
 

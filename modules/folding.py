@@ -11,6 +11,7 @@ two matrix products, for images of any size: what exporters and other runtimes u
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,8 @@ def affine(norm: ABN) -> tuple[Tensor, Tensor]:
 
 def _window_weights(side: int, window: int, like: Tensor) -> Tensor:
     """Row i (of side x side) has 1 / size where the window of position i lies, else 0."""
-    size: int = torch.sym_min(window, side)  # min() would fix a side that an exporter leaves open
+    # min() would fix a side that an exporter leaves open; what this returns is such a number.
+    size: Any = torch.sym_min(window, side)
     positions = torch.arange(side, device=like.device)
     start = (positions - (size - 1) // 2).clamp(0, side - size)[:, None]
     inside = (positions >= start) & (positions < start + size)
