@@ -78,6 +78,8 @@ results: $(VENV)/.installed
 	      --epochs $$epochs --method $${group%=*} --lr 0.05,$${group#*=} || exit; \
 	  done; done; done
 	@cd results && $(abspath $(BIN))/python $(CURDIR)/report.py --plot steps.png
+	@cd results && PYTHONPATH=$(CURDIR) $(abspath $(BIN))/python -m engine.gallery --out scenes.png \
+	  $(patsubst %,checkpoints/step/camvid-$(firstword $(TASKS))-ov/%.pth,base_0 FT_1 MIB_1)
 
 # Minutes each; quiet machine, or the ratios mean little. DATA: VOC's layout (default: toy images)
 bench: $(VENV)/.installed

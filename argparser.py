@@ -25,7 +25,7 @@ _positive = number(float, 0, open_low=True)
 
 
 def _free(default: Any, help: str, **settings: Any) -> Any:
-    """A flag on which nothing depends that is computed."""
+    """A flag that does not change what is computed."""
     return flag(default, help, resume="free", **settings)
 
 
@@ -35,7 +35,8 @@ class Options:
 
     name: str = _free(
         "Experiment", "names the checkpoint, the logs and the result rows; with several methods a "
-        "prefix; not typed: the method's name and, if not 42, the seed", group="run",
+        "prefix (by default the method's name and, if not 42, the seed; Experiment without a "
+        "method)", group="run",
     )  # fmt: skip
     dataset: str = flag("voc", "folder = docs/own_data.md", choices=(*DATASETS, OWN), group="run")
     data_root: str = _free(
@@ -208,11 +209,11 @@ class Options:
 def get_parser() -> Parser:
     """The parser with all flags, grouped; defaults are those of the reference."""
     parser = Parser(
-        prog="run.py",
+        "run.py",
         synonyms=SYNONYMS,
-        description="Class-incremental semantic segmentation.",
-        epilog="Exit status: 0 done; 1 failed, with a line that says why; 75 stopped by SIGTERM or "
-        "Ctrl-C with a checkpoint written: the same command with --continue_ckpt goes on.",
+        description="Class-incremental semantic segmentation: learn steps of a task, or test them.",
+        epilog="Exit status: 0 done; 1 failed, with a line that says why; 75 stopped by SIGTERM\n"
+        "or Ctrl-C with a checkpoint written: the same command with --continue_ckpt goes on.",
     )
     version = f"run.py {VERSION} (Python {python_version()})"
     parser.add_argument("--version", action="version", version=version)

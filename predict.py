@@ -12,19 +12,21 @@ with the names and folders of the input. From Python:
 
 from __future__ import annotations
 
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import argparse
 import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from dataset.catalog import DATASETS
 from engine.predictor import Predictor, Segmented, View, load_predictor
@@ -34,6 +36,7 @@ from utils.files import atomic_write
 from utils.flags import Parser, number
 from utils.images import SUFFIXES, read_rgb, read_size
 from utils.pictures import overlay, palette
+from utils.progress import bar
 
 FOLDERS = ("masks", "overlays", "scores")
 
@@ -50,13 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 1 if anything could not be segmented."""
     try:
         opts = parse(sys.argv[1:] if argv is None else list(argv))
+        view = View(opts.size, opts.window, opts.scales, opts.flip, opts.batch_size)
         predictor = load_predictor(
             opts.ckpt, opts.device, dataset=opts.dataset, task=opts.task, step=opts.step,
             backbone=opts.backbone,
         )  # fmt: skip
         jobs = plan(opts.inputs, opts.out)
         print(f"{predictor.summary}; {len(jobs)} images, on {predictor.device}")
-        errors = run(predictor, jobs, opts)
+        errors = run(predictor, jobs, view, opts)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -69,9 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Command line -> options. Raises UserError."""
     parser = Parser(
-        prog="predict.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        "predict.py", words="--ckpt FILE --out DIR [flags] INPUT ...", description=__doc__
+    )
     add = parser.add_argument
     scale, pixels = number(float, 0.1, 10), number(int, 0)
     add("inputs", nargs="+", type=Path, metavar="INPUT", help="images, or folders of images")
@@ -82,13 +85,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--scales", nargs="+", type=scale, default=[1.0], help="average over these sizes")
     add("--size", type=pixels, help="shorter side for the network, 0 = as it is (default: as "
         "tested)")  # fmt: skip
-    add("--batch_size", type=number(int, 1), default=4, help="images of equal size at a time")
+    add("--window", type=pixels, help="see what is longer than so many pixels in overlapping "
+        "windows, 0 = never (default: windows of the training crop for images whose shorter side "
+        "is more than twice as long)")  # fmt: skip
+    add("--batch_size", type=number(int, 1), default=4, help="images of equal size, or windows, at "
+        "a time")  # fmt: skip
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
     group = parser.add_argument_group("checkpoints of the reference do not know what they are")
-    group.add_argument("--dataset", choices=tuple(DATASETS))
-    group.add_argument("--task")
-    group.add_argument("--step", type=int)
-    group.add_argument("--backbone", choices=tuple(STRUCTURES))
+    group.add_argument("--dataset", choices=tuple(DATASETS), help="that it was trained on")
+    group.add_argument("--task", help="as for run.py")
+    group.add_argument("--step", type=int, help="that it was trained for")
+    group.add_argument("--backbone", choices=tuple(STRUCTURES), help="its body")
     return parser.parse_args(list(argv))
 
 
@@ -158,7 +165,9 @@ def targets(job: Job, out: Path) -> dict[str, Path]:
 # ---------------------------------------------------------------------------- prediction
 
 
-def run(predictor: Predictor, jobs: Sequence[Job], opts: argparse.Namespace) -> list[str]:
+def run(
+    predictor: Predictor, jobs: Sequence[Job], view: View, opts: argparse.Namespace
+) -> list[str]:
     """Segment all images; returns a line for each that could not be read."""
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     errors: list[str] = []
@@ -168,36 +177,34 @@ def run(predictor: Predictor, jobs: Sequence[Job], opts: argparse.Namespace) -> 
             sizes[job] = read_size(job.source)
         except UserError as error:
             errors.append(str(error))
-    with tqdm(total=len(sizes), unit="image", disable=None) as bar:
-        for batch in batches(sizes, opts.batch_size):
+    windows = {job: predictor.layout(*size, view).window for job, size in sizes.items()}
+    large = [job for job in windows if windows[job]]
+    if large:
+        why = "" if view.window else ", more than twice as large; --window 0 switches them off"
+        print(f"windows of {windows[large[0]]} pixels for {len(large)} images{why}")
+    with bar(desc="images", total=len(sizes), unit="image") as shown:
+        for batch in batches(sizes, opts.batch_size, large):
             images = {}
             for job in batch:
                 try:
-                    images[job] = read_rgb(job.source)
+                    images[job] = np.asarray(read_rgb(job.source))
                 except UserError as error:
                     errors.append(str(error))
-            if images:
-                segment(predictor, images, opts)
-            bar.update(len(batch))
+            found = predictor.segment(list(images.values()), view, opts.scores)
+            for (job, image), result in zip(images.items(), found, strict=True):
+                write(predictor, targets(job, opts.out), image, result)
+            shown.update(len(batch))
     return errors
 
 
-def batches(sizes: dict[Job, tuple[int, int]], most: int) -> Iterator[list[Job]]:
-    """Jobs of equal size, `most` at a time."""
+def batches(
+    sizes: dict[Job, tuple[int, int]], most: int, alone: Collection[Job] = ()
+) -> Iterator[list[Job]]:
+    """Jobs of equal size, `most` at a time, those that are `alone` one at a time."""
     for _, group in groupby(sorted(sizes, key=sizes.__getitem__), sizes.__getitem__):
         same = list(group)
-        yield from (same[i : i + most] for i in range(0, len(same), most))
-
-
-def segment(
-    predictor: Predictor, images: dict[Job, Image.Image], opts: argparse.Namespace
-) -> None:
-    """Segment and write images of one size."""
-    view = View(opts.size, opts.scales, opts.flip)
-    pixels = [np.asarray(image) for image in images.values()]
-    found = predictor.segment(pixels, view, opts.scores)
-    for job, image, result in zip(images, pixels, found, strict=True):
-        write(predictor, targets(job, opts.out), image, result)
+        count = 1 if same[0] in alone else most
+        yield from (same[i : i + count] for i in range(0, len(same), count))
 
 
 def write(

@@ -1,10 +1,20 @@
-"""The paper's table out of the result files: `python report.py [logs/results ...]`.
+"""The paper's table out of the result files that run.py writes, and curves over the steps.
 
-What the columns mean stands in `engine/comparison.py`.
+    python report.py                                    logs/results
+    python report.py logs/results/voc-15-5.csv more/    files, or folders of them
+    python report.py --plot steps.pdf
+
+old, new and all are mean IoU in percent over the classes of step 0, of the later steps, and of
+both. Forgetting is old after step 0 less old now; average is the mean of all over the steps so far.
+Seeds of a run share a row, as mean ± standard deviation; below a row stand the paper's numbers,
+where it has any.
 """
 
 from __future__ import annotations
 
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,20 +32,22 @@ from engine.comparison import (
 from engine.tables import as_csv, as_markdown, as_text, title_of
 from utils.errors import UserError
 from utils.flags import Parser
-from utils.pictures import Curves, Point, save_charts
+from utils.pictures import Curves, Point, chart_kind, save_charts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
-    parser = Parser(prog="report.py", description=__doc__)
+    parser = Parser("report.py", words="[flags] [PATH ...]", description=__doc__)
     add = parser.add_argument
     add("paths", nargs="*", type=Path, default=[Path("logs/results")], metavar="PATH",
-        help="result files or folders of them (default logs/results)")  # fmt: skip
+        help="result files or folders of them")  # fmt: skip
     add("--format", default="text", choices=("text", "markdown", "csv"), help="of the table")
     add("--plot", type=Path, metavar="FILE",
         help="draw mean IoU of old, new and all classes per step: .png, .pdf or .svg")  # fmt: skip
     try:
         opts = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+        if opts.plot:
+            chart_kind(opts.plot)  # a name that cannot be is told before the work, not after it
         table = collect(find_files(opts.paths))
         if opts.plot:
             draw(table, opts.plot)

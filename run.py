@@ -7,6 +7,9 @@ What happens in which order stands in `engine/session.py`.
 
 from __future__ import annotations
 
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launcher.check_environment()
         launcher.end_with_launcher()
-        plans = parse(sys.argv[1:] if argv is None else list(argv))
+        argv = sys.argv[1:] if argv is None else list(argv)
+        plans = parse(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -28,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # answer at once.
     from engine.session import execute
 
-    return execute(plans)
+    return execute(plans, argv)
 
 
 if __name__ == "__main__":

@@ -86,13 +86,9 @@ class IncrementalSegmentationModule(nn.Module):
 
 
 def make_model(
-    backbone: str,
-    norm: Norm,
-    classes_per_step: Sequence[int],
-    *,
-    output_stride: int = 16,
+    backbone: str, norm: Norm, classes_per_step: Sequence[int], *, output_stride: int = 16,
     pooling: int = 32,
-) -> IncrementalSegmentationModule:
+) -> IncrementalSegmentationModule:  # fmt: skip
     """Build the network with random weights (seed torch beforehand to fix them)."""
     body = ResNet(backbone, norm, output_stride)
     head = DeeplabV3(body.out_channels, HEAD_CHANNELS, norm, output_stride, pooling)
@@ -100,7 +96,7 @@ def make_model(
 
 
 def load_pretrained(body: nn.Module, backbone: str, source: str | Path | None = None) -> None:
-    """Load ImageNet weights into a body of random weights; it computes what they computed.
+    """Load ImageNet weights into a body, which then computes what their own network computed.
 
     `source` is a file, the word "torchvision", or None for
     `pretrained/<backbone>_iabn_sync.pth.tar`: `modules/pretrained.py` says which layouts it reads
@@ -115,12 +111,9 @@ def load_pretrained(body: nn.Module, backbone: str, source: str | Path | None = 
 
 
 def load_state(
-    module: nn.Module,
-    state: Mapping[str, Tensor],
-    what: str,
-    cure: str,
+    module: nn.Module, state: Mapping[str, Tensor], what: str, cure: str,
     may_miss: tuple[str, ...] = (),
-) -> None:
+) -> None:  # fmt: skip
     """Load a state dict; UserError (and an untouched module) where keys or shapes differ.
 
     Keys that start with a prefix in `may_miss` may be absent. Older files have no

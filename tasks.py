@@ -15,12 +15,13 @@ class Task:
 
     `name` is the canonical name, used in file names. `steps[t]` holds the original labels that
     step t learns, ascending; background (0) leads step 0. A label's training index is its position
-    in `seen(last step)`, the channel order of the head.
+    in `seen(last step)`, the channel order of the head. `increment` is the I of a name B-I.
     """
 
     dataset: str
     name: str
     steps: tuple[tuple[int, ...], ...]
+    increment: int | None = field(default=None, compare=False)
 
     @property
     def num_steps(self) -> int:
@@ -127,7 +128,8 @@ def parse_task(dataset: str, name: str, family: Family) -> Task:
     cuts = [0, *range(first, family.num_classes, increment), family.num_classes]
     steps = [sorted(order[start:end]) for start, end in pairwise(cuts)]
     steps[0].insert(0, BACKGROUND)
-    return Task(dataset, family.canonical.get(base, base) + suffix, tuple(map(tuple, steps)))
+    name = family.canonical.get(base, base) + suffix
+    return Task(dataset, name, tuple(map(tuple, steps)), increment)
 
 
 def _grammar(family: Family) -> str:

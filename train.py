@@ -18,7 +18,7 @@ from dataset.transform import normalize
 from methods.objective import Objective
 from methods.pieces import predict
 from methods.regularizer import Regularizers
-from metrics import StreamSegMetrics
+from metrics.stream_metrics import StreamSegMetrics
 from utils import distributed
 from utils.errors import UserError
 from utils.precision import Precision
@@ -106,6 +106,7 @@ class LogPoint:
     lr: float
     images_per_second: float  # all ranks together
     waiting: float  # share of the time that this rank waited for its data, 0 to 1
+    seconds: float  # since the last log point
 
 
 class Clock:
@@ -125,42 +126,34 @@ class Clock:
                 return
             yield cast(Batch, batch)
 
-    def lap(self) -> tuple[float, float]:
-        """(images a second over all ranks, share of waiting on this one); starts over."""
+    def lap(self) -> tuple[float, float, float]:
+        """(images a second over all ranks, share of waiting on this one, seconds); starts over."""
         passed = time.perf_counter() - self.begun
-        found = self.images * distributed.world_size() / passed, self.waited / passed
+        found = self.images * distributed.world_size() / passed, self.waited / passed, passed
         self.images, self.waited, self.begun = 0, 0.0, time.perf_counter()
         return found
 
 
 def train_epoch(
-    learner: Learner,
-    objective: Objective,
-    batches: Iterable[Batch],
-    device: torch.device,
-    *,
-    epoch: int,
-    start: int = 0,
-    interval: int = 10,
+    learner: Learner, objective: Objective, batches: Iterable[Batch], device: torch.device, *,
+    epoch: int, start: int = 0, interval: int = 10,
     on_iteration: Callable[[int], None] = lambda iteration: None,
     on_log: Callable[[LogPoint], None] = lambda point: None,
-) -> dict[str, float]:
+) -> None:  # fmt: skip
     """Train over `batches`, the first of which is iteration `start` of the epoch.
 
     `on_iteration` is called after every iteration with the number done in this epoch, `on_log`
-    every `interval` of them and after the last. Returns each term's mean. Raises UserError for a
-    loss that is not finite, and Interrupted as `batches` does.
+    every `interval` of them and after the last. Raises UserError for a loss that is not finite, and
+    Interrupted as `batches` does.
     """
     objective.student.train()
-    log, means, counts, clock, done = TermLog(epoch, start), [], [], Clock(), start
+    log, clock, done = TermLog(epoch, start), Clock(), start
     there = to_device(clock.wait_for(batches), device)
 
     def log_point() -> None:
         if log.rows:
-            counts.append(len(log.rows))
-            means.append(log.drain())
-            lr = float(learner.scheduler.get_last_lr()[-1])
-            on_log(LogPoint(done, means[-1], lr, *clock.lap()))
+            terms, lr = log.drain(), float(learner.scheduler.get_last_lr()[-1])
+            on_log(LogPoint(done, terms, lr, *clock.lap()))
 
     try:
         for done, (images, labels) in enumerate(there, start + 1):
@@ -173,7 +166,6 @@ def train_epoch(
         log_point()
         raise
     log_point()
-    return {name: float(np.average([m[name] for m in means], weights=counts)) for name in log.names}
 
 
 # Normalised images B 3 H W, their logits, (H, W) -> the class of every pixel, B H W.
@@ -182,12 +174,9 @@ Classify = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 
 @torch.inference_mode()
 def evaluate(
-    objective: Objective,
-    batches: Iterable[Batch],
-    num_classes: int,
-    device: torch.device,
+    objective: Objective, batches: Iterable[Batch], num_classes: int, device: torch.device,
     classify: Classify = lambda images, logits, size: predict(logits, size),
-) -> tuple[StreamSegMetrics, dict[str, float]]:
+) -> tuple[StreamSegMetrics, dict[str, float]]:  # fmt: skip
     """Confusion matrix over all ranks' batches, and each term's mean over the images.
 
     Rows of the matrix are the truth; labels >= num_classes (void, future classes) count nowhere.

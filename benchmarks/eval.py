@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.harness import Work, compare, parser, report, start
 from methods.pieces import predict
-from metrics import StreamSegMetrics
+from metrics.stream_metrics import StreamSegMetrics
 from utils.constants import IGNORE_INDEX
 
 

@@ -4,8 +4,8 @@
     python -m benchmarks.loss --growth          batch 1-8, then 21-151 classes
 
 Unbiased CE + 10 * unbiased KD, forward and backward to the logits of the network. The plain side is
-written here from the formulas (SPEC section 6), as such losses usually are: both maps upsampled,
-log-probabilities, autograd.
+written here from the formulas (Cermelli et al., CVPR 2020, eq. 5-9), as such losses usually are:
+both maps upsampled, log-probabilities, autograd.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.same_values import Comparisons
 
-REFUSED = re.compile(r"argument -|unrecognized arguments|arguments are required|ambiguous option")
+REFUSED = re.compile(r"argument -|unknown flag|unrecognized arguments|arguments are required")
 READ = """
 import argparser, json
 rows = [[a.option_strings, 0 if isinstance(a.default, bool) else a.nargs, a.default,

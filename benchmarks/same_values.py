@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,42 +52,51 @@ def differences(old: Any, new: Any) -> list[str]:
     """A line for every tensor or value that is not the same in both, or not in both.
 
     Tensors are the same with equal types, shapes and elements. Two empty containers are not the
-    same, because nothing was compared.
+    same, because nothing was compared. Differences of numbers come last, the largest first.
     """
     if old in ({}, []):
         return ["there is nothing to compare"]
     olds, news = leaves(old), leaves(new)
-    lines = [f"{name} is missing" for name in olds.keys() - news.keys()]
-    lines += [f"{name} is new" for name in news.keys() - olds.keys()]
-    shared = [name for name in olds if name in news]
-    return sorted(lines) + [
-        f"{name} {text}" for name in shared if (text := _unequal(olds[name], news[name]))
-    ]
+    lines = [(f"{name} is missing", math.inf) for name in olds.keys() - news.keys()]
+    lines += [(f"{name} is new", math.inf) for name in news.keys() - olds.keys()]
+    for name in olds.keys() & news.keys():
+        text, size = _unequal(olds[name], news[name])
+        lines += [(f"{name} {text}", size)] if text else []
+    return [line for line, _ in sorted(lines, key=lambda item: (-item[1], item[0]))]
 
 
-def _unequal(old: Any, new: Any) -> str:
-    if isinstance(old, Tensor) and isinstance(new, Tensor):
-        kinds = [f"{t.dtype} {tuple(t.shape)}" for t in (old, new)]
-        if kinds[0] != kinds[1]:
-            return f"was {kinds[0]}, is {kinds[1]}"
-        if torch.equal(old, new):
-            return ""
-        return f"differs by up to {(old.double() - new.double()).abs().max():.3g}"
-    same = type(old) is type(new) and old == new
-    return "" if same else f"was {old!r:.60}, is {new!r:.60}"
+def _unequal(old: Any, new: Any) -> tuple[str, float]:
+    """What is not the same, and by which part of the largest number; "" where all is the same."""
+    if isinstance(old, float) and isinstance(new, float):
+        old, new = torch.tensor(old).double(), torch.tensor(new).double()
+    if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+        same = type(old) is type(new) and old == new
+        return "" if same else f"was {old!r:.60}, is {new!r:.60}", math.inf
+    kinds = [f"{t.dtype} {tuple(t.shape)}" for t in (old, new)]
+    if kinds[0] != kinds[1]:
+        return f"was {kinds[0]}, is {kinds[1]}", math.inf
+    if torch.equal(old, new):
+        return "", 0.0
+    error = float((old.double() - new.double()).abs().max())
+    part = error / max(float(old.double().abs().max()), 1e-300)
+    return f"differs by up to {error:.2g}, {part:.1g} of its largest value", part
 
 
 def compare_checkpoints(
     results: Comparisons, what: str, old_file: Path, new_file: Path, free: Sequence[str] = ()
 ) -> None:
-    """Every field of two checkpoints. Options may be added; those named in `free` may differ."""
+    """Every field of the old checkpoint, against the same one of the new.
+
+    The new one may have more fields and options; options named in `free` may differ.
+    """
     if not new_file.exists():
         return results.add(what, [f"{new_file} was not written"])
     old, new = (torch.load(p, map_location="cpu", weights_only=True) for p in (old_file, new_file))
     grouped = {name for names in PARTS.values() for name in names} | {"options"}
-    parts = PARTS | {"numbers and names": tuple((old.keys() | new.keys()) - grouped)}
+    parts = PARTS | {"numbers and names": tuple(old.keys() - grouped)}
     for part, names in parts.items():
-        mine, theirs = ({k: side[k] for k in names if k in side} for side in (old, new))
+        mine, theirs = ({k: side[k] for k in names if k in old and k in side}
+                        for side in (old, new))  # fmt: skip
         results.add(f"{what}, {part} ({len(leaves(mine))} values)", differences(mine, theirs))
     wanted = {name: value for name, value in old["options"].items() if name not in free}
     wrong = [
@@ -97,14 +108,31 @@ def compare_checkpoints(
     return None
 
 
-def compare_files(results: Comparisons, what: str, old: Path, new: Path, pattern: str) -> None:
-    """Every file of that pattern below `old` lies below `new`, too, with the same bytes."""
-    names = sorted(path.relative_to(old) for path in old.glob(pattern))
-    wrong = [
-        str(name) for name in names
-        if not (new / name).exists() or (old / name).read_bytes() != (new / name).read_bytes()
-    ]  # fmt: skip
-    results.add(f"{what} ({len(names)} files)", wrong if names else [f"no {pattern} in {old}"])
+def compare_results(results: Comparisons, what: str, old: Path, new: Path) -> None:
+    """Every result file below `old` lies below `new`, too; rows and numbers of its columns."""
+    names = sorted(path.relative_to(old) for path in old.glob("logs/results/*.csv"))
+    wrong = [] if names else [f"no result file below {old}"]
+    for name in names:
+        before, after = _read_rows(old / name), _read_rows(new / name)
+        columns = {column for row in before for column in row}
+        kept = [{k: v for k, v in row.items() if k in columns} for row in after]
+        wrong += [f"{name}, row {line}" for line in differences(before, kept)]
+    results.add(f"{what} ({len(names)} files)", wrong)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file, its numbers as numbers; none where there is no file."""
+
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def tables(printed: str) -> list[str]:

@@ -30,6 +30,7 @@ from dataset.transform import normalize
 from engine.build import build_learner, new_model
 from engine.context import Context
 from engine.plans import parse
+from engine.session import use_true_float32
 from methods import groups
 from methods.objective import Objective, make_objective
 from modules import norm
@@ -75,6 +76,7 @@ def prepare_ours(
     context = context_of(flags, device)
     opts, classes = context.opts, context.classes_per_step
     torch.backends.cudnn.benchmark = True
+    use_true_float32()  # as run.py does
     torch.manual_seed(0)
     student = new_model(context, classes).train()
     teacher = new_model(context, classes[:-1]).eval().requires_grad_(False)
@@ -105,6 +107,7 @@ def ours(variant: str, flags: tuple[str, ...], device: str) -> Callable[[], obje
 def plain(flags: tuple[str, ...], device: str) -> Callable[[], object]:
     context = context_of((*flags, "--norm_act", "std"), device)
     classes = context.classes_per_step
+    torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     student, teacher = (
         new_model(context, n).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

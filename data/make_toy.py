@@ -109,7 +109,7 @@ def _photograph(rgb: Array, rng: np.random.Generator) -> Image.Image:
 
 
 def voc_palette() -> list[int]:
-    """The 256 x 3 numbers of VOC's colour map: bit k of a label's octal digits, spread out."""
+    """The 256 x 3 numbers of VOC's colour map: label bit 3k + c is bit 7 - k of channel c."""
     labels = np.arange(256)
     palette = np.zeros((256, 3), dtype=int)
     for bit in range(8):
@@ -258,13 +258,20 @@ WRITERS = {"voc": ("PascalVOC12", write_voc), "ade": ("ADEChallengeData2016", wr
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the flags; a value that cannot work ends the program with one line and status 2."""
-    parser = argparse.ArgumentParser(description="Make a toy data set in VOC's or ADE's layout.")
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --out DIR [flags]",
+        description="Make a toy data set in VOC's or ADE's layout.",
+    )
     parser.add_argument("--out", type=Path, required=True, help="what becomes --data_root")
-    parser.add_argument("--dataset", choices=DEFAULT_COUNTS, default="voc")
+    parser.add_argument(
+        "--dataset", choices=DEFAULT_COUNTS, default="voc", help="whose layout (%(default)s)"
+    )
     parser.add_argument("--train", type=int, help="training images (voc 300, ade 100)")
     parser.add_argument("--val", type=int, help="validation images (voc 60, ade 30)")
-    parser.add_argument("--size", type=int, default=96, help="side of an image, at least 32")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--size", type=int, default=96, help="side of an image, at least 32 (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
     opts = parser.parse_args(argv)
     train, val = DEFAULT_COUNTS[opts.dataset]
     opts.train = train if opts.train is None else opts.train

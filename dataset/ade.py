@@ -1,13 +1,7 @@
 """ADE20K in the form of SceneParse150: where the files lie."""
 
-from pathlib import Path
-
-from dataset.files import Sample, Tree, pair_by_name
+from dataset.files import PairsByName
 from dataset.spec import DatasetSpec
-
-FOLDER = "ADEChallengeData2016"
-FOLDERS = {"train": "training", "val": "validation"}
-CURE = "fetch the data with `sh data/download_ade.sh` inside the data root"
 
 # objectInfo150.txt of the benchmark, the first synonym of each class.
 _NAMES = """background, wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass,
@@ -28,19 +22,18 @@ _NAMES = """background, wall, building, sky, floor, tree, ceiling, road, bed, wi
 CLASS_NAMES = tuple(" ".join(_NAMES.split()).split(", "))
 
 
-def find_samples(data_root: Path, split: str) -> list[Sample]:
-    """Samples of a split ("train" or "val") sorted by file name; see `pair_by_name`."""
-    tree = Tree(data_root, FOLDER, CURE)
-    folder = FOLDERS[split]
-    return pair_by_name(tree, (f"images/{folder}", ".jpg"), (f"annotations/{folder}", ".png"), CURE)
-
-
 ADE = DatasetSpec(
     name="ade",
     class_names=CLASS_NAMES,
     background_is_class=False,
     void=None,
-    find_samples=find_samples,
+    find_samples=PairsByName(
+        "ADEChallengeData2016",
+        images=("images/{}", ".jpg"),
+        masks=("annotations/{}", ".png"),
+        cure="fetch the data with `sh data/download_ade.sh` inside the data root",
+        splits=("training", "validation"),
+    ),
     partition=True,
     # The authors cut 100-50 out of their lists of 100-10.
     joined={f"100-50{order}": f"100-10{order}" for order in ("", "b", "c")},

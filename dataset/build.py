@@ -1,4 +1,4 @@
-"""The images and labels of one step of a task."""
+"""The training, validation and test set of one step of a task."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,32 +31,20 @@ class StepDatasets:
 
 
 def build_datasets(
-    spec: DatasetSpec,
-    data_root: Path,
-    task: Task,
-    step: int,
-    *,
-    overlap: bool,
-    crop_size: int,
-    seed: int,
-    masking: bool = True,
-    ignore_void: bool = False,
-    rest_is_background: bool = False,
-    crop_val: bool = True,
-    val_on_trainset: bool = False,
-    cross_val: bool = False,
+    spec: DatasetSpec, data_root: Path, task: Task, step: int, *, overlap: bool, crop_size: int,
+    seed: int, masking: bool = True, ignore_void: bool = False, rest_is_background: bool = False,
+    crop_val: bool = True, val_on_trainset: bool = False, cross_val: bool = False,
     workdir: Path = Path("."),
-) -> StepDatasets:
+) -> StepDatasets:  # fmt: skip
     """The data of `step`, with the labels that training and evaluation see there (`label_map`).
 
     Test and validation use the val list, with `val_on_trainset` the train list; with `cross_val`
     validation uses a fifth of the step's training images, which training goes without. Without
     `masking` training sees labels of old classes. Without `crop_val` whole images are evaluated,
-    one in a batch. With
-    `rest_is_background` images without a class seen so far are left out of the evaluation, as in
-    the tests of PLOP (Douillard et al., CVPR 2021). Given split lists and the cached scan of the
-    masks lie under `workdir`: with several processes, call this in one of them first. Raises
-    UserError for a step out of range and for missing or unfitting files.
+    one in a batch. With `rest_is_background` images without a class seen so far are left out of the
+    evaluation, as in the tests of PLOP (Douillard et al., CVPR 2021). Given split lists and the
+    cached scan of the masks lie under `workdir`: with several processes, call this in one of them
+    first. Raises UserError for a step out of range and for missing or unfitting files.
     """
     check_step(task, step)
     train_samples = spec.find_samples(data_root, "train")

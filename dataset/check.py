@@ -8,7 +8,9 @@ the first files that have it. The exit status is 1 if there is any problem.
 
 from __future__ import annotations
 
-import argparse
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import os
 import re
 import sys
@@ -19,29 +21,38 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from dataset.files import Sample, Tree, read_image
 from dataset.folder import SUFFIXES, collect_samples, folder_spec, index_files
-from dataset.layout import Layout, read_layout
+from dataset.layout import FILE, Layout, read_layout
 from dataset.spec import DatasetSpec
 from dataset.splits import step_indices
 from tasks import Task
 from utils.errors import UserError
+from utils.flags import Parser
+from utils.progress import bar
 
 ORIENTATION = 0x0112  # EXIF tag; 1 = as stored
 SHOWN = 3  # problems of one kind that are printed
-# A quoted name (but no id and no colour), a path, a line number, a size, a number of pixels.
-VARYING = re.compile(r"'(?!\d+'|#)[^']*'|\S*[/.]\S*|\bline \d+|\d+x\d+|\d+ pixels")
+KINDS = 10  # kinds that differ in an id, a colour or a label only, of which problems are printed
+# A quoted name (but no id and no colour), a path, a line number, a size, a count.
+VARYING = re.compile(
+    r"'(?!\d+'|#)[^']*'|\S*[/.]\S*|\bline \d+|\d+x\d+|\d+ pixels| and \d+ others"
+)
+NUMBERS = re.compile(r"'[^']*'|#\w+|\d+(, \d+)*")
 PICTURES = (".bmp", ".gif", ".jfif", ".jp2", ".tif", ".tiff", ".webp")  # which training ignores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dataset.check", description=__doc__)
+    parser = Parser("-m dataset.check", words="DIR [flags]", description=__doc__)
     parser.add_argument("root", type=Path, metavar="DIR", help="folder with dataset.json")
     parser.add_argument("--task", nargs="+", default=[], help="tasks to count, beside listed ones")
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     try:
         lines, problems = check(options.root, options.task)
     except UserError as error:
@@ -56,15 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def summary(problems: Sequence[str], root: str) -> list[str]:
     """The problems, of each kind the first SHOWN and how many more there are.
 
-    Problems are of one kind if they differ in files, lines, sizes and counts of pixels only.
+    Problems are of one kind if they differ in files, lines, sizes and counts of pixels only. Of
+    kinds that differ in ids, colours or labels only, the first KINDS are shown.
     """
-    kinds: dict[str, list[str]] = {}
+    families: dict[str, dict[str, list[str]]] = {}
     for problem in problems:
-        kinds.setdefault(VARYING.sub("_", problem.replace(root, "")), []).append(problem)
+        kind = VARYING.sub("_", problem.replace(root, ""))
+        family = families.setdefault(NUMBERS.sub("_", kind), {})
+        family.setdefault(kind, []).append(problem)
     lines = []
-    for same in kinds.values():
-        more = len(same) - SHOWN
-        lines += same if more <= 1 else [*same[:SHOWN], f"and {more} more of this kind"]
+    for family in families.values():
+        kinds = list(family.values())
+        for same in kinds[:KINDS]:
+            more = len(same) - SHOWN
+            lines += same if more <= 1 else [*same[:SHOWN], f"and {more} more of this kind"]
+        if rest := sum(map(len, kinds[KINDS:])):
+            lines.append(f"and {rest} more like these, of other numbers")
     return lines
 
 
@@ -123,7 +141,7 @@ def _scan(
     """Pixels of every label in every mask, (N, 256) int64, and the problems of all files."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         rows = pool.map(lambda sample: _inspect(spec, sample), samples)
-        found = list(tqdm(rows, desc=f"{split} images", total=len(samples), disable=None))
+        found = list(bar(rows, desc=f"{split} images", total=len(samples), unit="image"))
     counts = np.array([row for row, _ in found], dtype=np.int64).reshape(-1, 256)
     return counts, [problem for _, problems in found for problem in problems]
 
@@ -147,9 +165,11 @@ def _inspect(spec: DatasetSpec, sample: Sample) -> tuple[list[int], list[str]]:
     if len(set(sizes)) > 1:
         (w, h), (mask_w, mask_h) = sizes
         problems.append(f"{sample.image} is {w}x{h} but {sample.mask} is {mask_w}x{mask_h} pixels")
-    foreign = np.flatnonzero((np.array(counts) > 0) & ~spec.known_labels)
-    if foreign.size:
-        problems.append(f"{sample.mask} holds foreign labels {', '.join(map(str, foreign))}")
+    if foreign := spec.foreign_labels(counts):
+        problems.append(
+            f"{sample.mask} holds foreign labels {', '.join(map(str, foreign))}: correct the mask, "
+            f"or name them in {FILE} (docs/own_data.md)"
+        )
     return counts, problems
 
 

@@ -1,14 +1,9 @@
 """Cityscapes, fine annotations: where the files lie and what their ids mean."""
 
-from pathlib import Path
-
-from dataset.files import Sample, Tree, pair_by_name
+from dataset.files import PairsByName
 from dataset.labels import LabelTable
 from dataset.spec import DatasetSpec
 from tasks import Family
-
-FOLDER = "cityscapes"
-CURE = "fetch leftImg8bit and gtFine as data/README.md says"
 
 # The 19 classes that the benchmark scores, by id (cityscapesscripts/helpers/labels.py).
 IDS = {
@@ -37,19 +32,17 @@ CLASS_NAMES = ("unlabelled", *IDS.values())
 IGNORED = [*({*range(34)} - {*IDS}), 255]
 
 
-def find_samples(data_root: Path, split: str) -> list[Sample]:
-    """Samples of a split ("train" or "val") by city and file name; see `pair_by_name`."""
-    tree = Tree(data_root, FOLDER, CURE)
-    images = f"leftImg8bit/{split}", "_leftImg8bit.png"
-    return pair_by_name(tree, images, (f"gtFine/{split}", "_gtFine_labelIds.png"), CURE)
-
-
 CITYSCAPES = DatasetSpec(
     name="cityscapes",
     class_names=CLASS_NAMES,
     background_is_class=False,
     void=255,
-    find_samples=find_samples,
+    find_samples=PairsByName(
+        "cityscapes",
+        images=("leftImg8bit/{}", "_leftImg8bit.png"),
+        masks=("gtFine/{}", "_gtFine_labelIds.png"),
+        cure="fetch leftImg8bit and gtFine as data/README.md says",
+    ),
     family=Family(len(IDS), names=("offline", "14-5", "14-1", "10-1")),
     table=LabelTable({str(key): name for key, name in IDS.items()}, CLASS_NAMES, IGNORED),
 )

@@ -1,14 +1,9 @@
 """COCO 2017, its 80 kinds of things, by the pixel maps of COCO-Stuff: where the files lie."""
 
-from pathlib import Path
-
-from dataset.files import Sample, Tree, pair_by_name
+from dataset.files import PairsByName
 from dataset.labels import LabelTable
 from dataset.spec import DatasetSpec
 from tasks import Family
-
-FOLDER = "COCO2017"
-CURE = "fetch the data with `sh data/download_coco.sh` inside the data root"
 
 # The categories of instances_train2017.json, in the order of their ids.
 _NAMES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
@@ -29,19 +24,17 @@ LABELS = dict.fromkeys(map(str, BACKGROUND_IDS), "background")
 LABELS |= {str(raw): name for raw, name in zip(RAW, THINGS, strict=True)}
 
 
-def find_samples(data_root: Path, split: str) -> list[Sample]:
-    """Samples of a split ("train" or "val") by file name; see `pair_by_name`."""
-    tree = Tree(data_root, FOLDER, CURE)
-    images, masks = f"images/{split}2017", f"stuffthingmaps/{split}2017"
-    return pair_by_name(tree, (images, ".jpg"), (masks, ".png"), CURE)
-
-
 COCO = DatasetSpec(
     name="coco",
     class_names=CLASS_NAMES,
     background_is_class=True,
     void=255,
-    find_samples=find_samples,
+    find_samples=PairsByName(
+        "COCO2017",
+        images=("images/{}2017", ".jpg"),
+        masks=("stuffthingmaps/{}2017", ".png"),
+        cure="fetch the data with `sh data/download_coco.sh` inside the data root",
+    ),
     family=Family(len(THINGS), names=("offline", "60-20", "40-40", "60-5")),
     table=LabelTable(LABELS, CLASS_NAMES, ignore=[255]),
 )

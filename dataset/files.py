@@ -3,6 +3,7 @@
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +66,8 @@ class Tree:
     def walk(self, folder: str = "") -> Iterator[str]:
         """Paths, relative to the root, of all files below `folder`, folder by folder, sorted.
 
-        Hidden files and folders are left out, and links to a folder that they lie in.
+        Hidden files and folders are left out, and links to a folder above them, which would never
+        end.
         """
         yield from self._walk(os.path.join(self.root, folder) if folder else self.root, ())
 
@@ -88,29 +90,48 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
     return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
 
 
-def pair_by_name(
-    tree: Tree, images: tuple[str, str], masks: tuple[str, str], cure: str
-) -> list[Sample]:
-    """Every image of a folder with the mask of the same name, by name, sorted.
+@dataclass(frozen=True)
+class PairsByName:
+    """Finds the samples of a data set whose masks have the names of their images.
 
-    `images` and `masks` are (folder, end of the file names); folders below them count, too, and
-    files with another end do not. Raises UserError where an image has no mask or a mask no image:
-    positions in the list would no longer be those that split lists mean.
+    Attributes:
+        folder: of the data set, below the data root.
+        images, masks: (folder, end of the file names), with `{}` for the split. Folders below them
+            count, too, and files with another end do not.
+        cure: what to do if something is missing, for messages.
+        splits: the folders of "train" and "val".
     """
-    (folder, end), (mask_folder, mask_end) = images, masks
-    stems, mask_stems = _stems(tree, *images), _stems(tree, *masks)
-    if not stems:
-        raise UserError(f"{tree.root}/{folder} holds no {end} image; {cure}")
-    if orphans := sorted(mask_stems - stems):
-        lonely = f"{mask_folder}/{orphans[0]}{mask_end}"
-        raise UserError(f"{tree.root}: mask {lonely} has no image; {cure}")
-    return [
-        Sample(
-            tree.find(f"{folder}/{stem}{end}", tree.root),
-            tree.find(f"{mask_folder}/{stem}{mask_end}", tree.root),
+
+    folder: str
+    images: tuple[str, str]
+    masks: tuple[str, str]
+    cure: str
+    splits: tuple[str, str] = ("train", "val")
+
+    def __call__(self, data_root: Path, split: str) -> list[Sample]:
+        """Samples of a split ("train" or "val") sorted by name.
+
+        Raises UserError where an image has no mask or a mask no image: positions in the list would
+        no longer be those that split lists mean.
+        """
+        tree = Tree(data_root, self.folder, self.cure)
+        there = self.splits[split == "val"]
+        (folder, end), (mask_folder, mask_end) = (
+            (where.format(there), end) for where, end in (self.images, self.masks)
         )
-        for stem in sorted(stems)
-    ]
+        stems, mask_stems = _stems(tree, folder, end), _stems(tree, mask_folder, mask_end)
+        if not stems:
+            raise UserError(f"{tree.root}/{folder} holds no {end} image; {self.cure}")
+        if orphans := sorted(mask_stems - stems):
+            lonely = f"{mask_folder}/{orphans[0]}{mask_end}"
+            raise UserError(f"{tree.root}: mask {lonely} has no image; {self.cure}")
+        return [
+            Sample(
+                tree.find(f"{folder}/{stem}{end}", tree.root),
+                tree.find(f"{mask_folder}/{stem}{mask_end}", tree.root),
+            )
+            for stem in sorted(stems)
+        ]
 
 
 def _stems(tree: Tree, folder: str, end: str) -> set[str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from dataset.draws import VAL_SHARE, generator
+from dataset.draws import draw_share
 from dataset.files import Sample, Tree
 from dataset.layout import FILE, Layout, read_layout
 from dataset.spec import DatasetSpec
@@ -90,7 +90,7 @@ def collect_samples(
     index = index_files(images, SUFFIXES)
     problems: list[str] = []
     if layout.val_share is not None:
-        names = _draw(sorted(index), layout.val_share, layout.seed)[split]
+        names = draw_share(sorted(index), layout.val_share, layout.seed)[split == "val"]
     else:
         names, problems = _read_list(root / getattr(layout, split), index, layout)
     samples = []
@@ -117,14 +117,6 @@ def index_files(tree: Tree, suffixes: Sequence[str]) -> dict[str, list[str]]:
     return index
 
 
-def _draw(stems: list[str], share: float, seed: int) -> dict[str, list[str]]:
-    """Train and val of sorted stems: at least one each where there are two, order kept."""
-    number = min(max(1, round(share * len(stems))), len(stems) - 1)
-    order = generator(VAL_SHARE, seed).permutation(len(stems))
-    val = {stems[i] for i in order[:number]}
-    return {"train": [stem for stem in stems if stem not in val], "val": sorted(val)}
-
-
 def _read_list(
     path: Path, index: dict[str, list[str]], layout: Layout
 ) -> tuple[list[str], list[str]]:
@@ -144,7 +136,10 @@ def _read_list(
         stem, suffix = os.path.splitext(name)
         known = name in index if suffix.lower() not in SUFFIXES else name in index.get(stem, [])
         if not known:
-            problems.append(f"{path}, line {number}: no image {name[:200]!r}")
+            problems.append(
+                f"{path}, line {number}: no image {name[:200]!r} below {layout.images}: name it as "
+                "seen from there, without '..'"
+            )
         elif name in names:
             problems.append(f"{path}, line {number}: {name!r} stands in line {names[name]} too")
         else:

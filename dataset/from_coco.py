@@ -8,7 +8,9 @@ classes, a link to the images, and lists. Needs pycocotools (requirements-extras
 
 from __future__ import annotations
 
-import argparse
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import contextlib
 import io
 import json
@@ -20,24 +22,28 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from dataset.draws import VAL_SHARE, generator
+from dataset.draws import draw_share
 from dataset.layout import FILE, MAX_CLASSES, read_layout
 from utils.constants import IGNORE_INDEX
 from utils.errors import UserError
+from utils.flags import Parser
+from utils.progress import bar
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m dataset.from_coco", description=__doc__)
+    parser = Parser(
+        "-m dataset.from_coco", words="ANNOTATIONS.json --images DIR --out DIR [flags]",
+        description=__doc__,
+    )  # fmt: skip
     add = parser.add_argument
     add("annotations", type=Path, metavar="ANNOTATIONS.json", help="an instances file of COCO")
     add("--images", type=Path, required=True, metavar="DIR", help="where its file names start")
     add("--out", type=Path, required=True, metavar="DIR", help="new folder for dataset.json")
-    add("--val_share", "--val-share", type=float, default=0.2, help="share of images to validate")
-    options = parser.parse_args(arguments)
+    add("--val_share", type=float, default=0.2, help="share of images to validate")
     try:
+        options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
         classes, images = convert(options.annotations, options.images, options.out,
                                   options.val_share)  # fmt: skip
     except (UserError, OSError) as error:
@@ -70,7 +76,7 @@ def convert(annotations: Path, images: Path, out: Path, val_share: float) -> tup
     positions = {key: position for position, key in enumerate(categories, start=1)}
     stems = _plan(coco, images, annotations)
     (out / "masks").mkdir(parents=True)
-    for key, stem in tqdm(stems.items(), desc="masks", disable=None):
+    for key, stem in bar(stems.items(), desc="masks", total=len(stems), unit="mask"):
         path = out / "masks" / f"{stem}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         _mask(coco, key, positions, annotations).save(path)
@@ -130,10 +136,7 @@ def _mask(coco: Any, key: int, positions: dict[int, int], annotations: Path) -> 
 
 def _describe(out: Path, names: list[str], files: list[str], val_share: float) -> None:
     """Write lists and dataset.json. Raises UserError for names that dataset.json cannot hold."""
-    number = min(max(1, round(val_share * len(files))), len(files) - 1)
-    val = set(generator(VAL_SHARE, 0).permutation(len(files))[:number].tolist())
-    for split in ("train", "val"):
-        lines = [name for i, name in enumerate(files) if (i in val) == (split == "val")]
+    for split, lines in zip(("train", "val"), draw_share(files, val_share, seed=0), strict=True):
         (out / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8")
     text = {"classes": names, "train": "train.txt", "val": "val.txt"}
     (out / FILE).write_text(json.dumps(text, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""The images and labels of one step."""
+"""Samples of a data set with their labels mapped for one step."""
 
 import os
 from collections.abc import Sequence
@@ -19,15 +19,9 @@ FOREIGN = 254  # what a label that the data set does not have becomes on reading
 
 
 def label_map(
-    spec: DatasetSpec,
-    task: Task,
-    step: int,
-    *,
-    train: bool,
-    masking: bool = True,
-    ignore_void: bool = False,
-    rest_is_background: bool = False,
-) -> np.ndarray:
+    spec: DatasetSpec, task: Task, step: int, *, train: bool, masking: bool = True,
+    ignore_void: bool = False, rest_is_background: bool = False,
+) -> np.ndarray:  # fmt: skip
     """(256,) uint8: original label → training index (its channel) at `step`.
 
     Training keeps the new classes (and VOC's background); all else, void included, becomes
@@ -64,14 +58,9 @@ class IncrementalSegmentation(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(
-        self,
-        spec: DatasetSpec,
-        samples: Sequence[Sample],
-        indices: np.ndarray,
-        labels: np.ndarray,
-        transform: Transform,
-        seed: int,
-    ) -> None:
+        self, spec: DatasetSpec, samples: Sequence[Sample], indices: np.ndarray, labels: np.ndarray,
+        transform: Transform, seed: int,
+    ) -> None:  # fmt: skip
         """`indices`: (N,) positions in `samples`; `labels`: (256,) from `label_map`."""
         self.spec = spec
         self.indices = np.asarray(indices, dtype=np.int64)

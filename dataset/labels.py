@@ -32,8 +32,8 @@ class LabelTable:
 
     Args:
         labels: Id or colour → name of its class; either ids or colours throughout.
-        classes: Names by position, at most 254. Each but the first, which may be what nothing is
-            labelled as, needs an id or a colour.
+        classes: Names by position, at most 254. Each needs an id or a colour, except the first,
+            which may name pixels that no mask labels.
         ignore: Ids or colours of pixels that belong to no class.
 
     Raises UserError, naming the first entry that is wrong.
@@ -66,7 +66,7 @@ class LabelTable:
                 f"class {classes[unnamed[0]]!r} has no entry in {self._name!r}: add one, or leave "
                 "the class out"
             )
-        self.entries = tuple(sorted(table.items()))  # what the table says, to tell it from another
+        self.entries = tuple(sorted(table.items()))  # by which two tables are compared
         self._keys = np.array(sorted(table), dtype=np.uint32)
         self._positions = np.array([table[code] for code in sorted(table)], dtype=np.uint8)
         if not self.by_colour:  # few enough to have one entry for each that there may be

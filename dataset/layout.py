@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 
 from dataset.labels import LabelTable
 from utils.constants import IGNORE_INDEX
-from utils.errors import UserError
+from utils.errors import UserError, guess
 
 FILE = "dataset.json"
 MAX_CLASSES = 254  # with label 0; on reading, 254 marks foreign labels and 255 ignored pixels
@@ -194,7 +194,8 @@ def _lines(error: ErrorDetails) -> list[str]:
     if not key:
         return ["is no object {...}"]
     if error["type"] == "extra_forbidden":
-        return [f"unknown key {key!r}, use {', '.join(sorted(Layout.model_fields))}"]
+        known = sorted(Layout.model_fields)
+        return [f"unknown key {key!r}{guess(key, known)}, use {', '.join(known)}"]
     if error["type"] == "missing":
         return [f"no key {key!r}, which is needed"]
     return [f"{key!r} is {value}: {error['msg'][0].lower()}{error['msg'][1:]}"]

@@ -12,8 +12,8 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of keys (epoch, i) for one process of several.
 
     The samples are shuffled by (seed, epoch) and cut into global batches of `batch_size` × `world`;
-    process `rank` takes its share of each, and the last incomplete one is dropped. The epoch
-    travels in the keys, so persistent workers need no telling.
+    process `rank` takes its share of each, and the last incomplete one is dropped. The epoch is
+    part of the keys, so that persistent workers know it.
     """
 
     def __init__(

@@ -67,10 +67,13 @@ class DatasetSpec:
             known[self.void] = True
         return known
 
+    def foreign_labels(self, histogram: Sequence[int]) -> list[int]:
+        """The labels of a mask with these 256 counts that are not known."""
+        return np.flatnonzero((np.array(histogram) > 0) & ~self.known_labels).tolist()
+
     def check_labels(self, mask_path: str, histogram: Sequence[int]) -> None:
         """Raises UserError if the mask with these 256 counts holds a label that is not known."""
-        foreign = np.flatnonzero((np.array(histogram) > 0) & ~self.known_labels)
-        if foreign.size:
+        if foreign := self.foreign_labels(histogram):
             void = "" if self.void is None else f" and {self.void} (void)"
             raise UserError(
                 f"mask {mask_path} holds label {foreign[0]}, but {self.name} has 0 to "

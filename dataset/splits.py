@@ -5,7 +5,9 @@
 prints how many images every step has and, if asked to, stores the lists as DIR/train-<step>.npy.
 """
 
-import argparse
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import hashlib
 import logging
 import os
@@ -16,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dataset.catalog import DATASETS, OWN, get_spec
 from dataset.files import Sample
@@ -24,18 +25,16 @@ from dataset.spec import DatasetSpec
 from tasks import Task, get_task
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.flags import Parser
+from utils.progress import bar
 
 log = logging.getLogger(__name__)
 
 
 def training_indices(
-    spec: DatasetSpec,
-    data_root: Path,
-    task: Task,
-    step: int,
-    overlap: bool,
+    spec: DatasetSpec, data_root: Path, task: Task, step: int, overlap: bool,
     workdir: Path = Path("."),
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """(N,) int64 positions in the train list of the images of `step`.
 
     A list that the user put at `workdir`/data/<dataset>/<task>[-ov]/train-<step>.npy is used as it
@@ -164,7 +163,8 @@ def _partition(spec: DatasetSpec, presence: np.ndarray, task: Task) -> list[np.n
     """One step per image, as the authors of the reference drew ADE's lists.
 
     Rare classes that still lack images attract: the score of a class k of the image is
-    120·(1 − added_k / n_k) + Σ_j n_j / n_k over the image's classes j; the first best decides.
+    120·(1 − added_k / n_k) + Σ_j n_j / n_k over the image's classes j; the class with the highest
+    score, of several the first, takes the image to its step.
     """
     if finer := (spec.joined or {}).get(task.name):
         parts = get_task(spec.name, finer)
@@ -202,11 +202,12 @@ def presence_table(spec: DatasetSpec, samples: Sequence[Sample], cache: Path) ->
     table = _read_presence(cache, (len(samples), spec.num_classes))
     if table is not None:
         return table
+    log.info("reading which classes %d masks hold; kept in %s", len(samples), cache)
     # Threads: decoding leaves the interpreter free, and they are safe beside CUDA and DDP.
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         rows = pool.map(lambda sample: _labels_in(spec, sample.mask), samples)
-        bar = tqdm(rows, desc=f"classes in {spec.name} masks", total=len(samples), unit="mask")
-        present = np.stack(list(bar))
+        what = f"classes in {spec.name} masks"
+        present = np.stack(list(bar(rows, desc=what, total=len(samples), unit="mask")))
     table = present[:, 1 : spec.num_classes + 1]
     with atomic_write(cache) as file:
         np.savez_compressed(file, presence=np.packbits(table, axis=1))
@@ -250,15 +251,16 @@ def fingerprint(spec: DatasetSpec, samples: Sequence[Sample]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: print how many images each step has; with --out store the lists."""
-    parser = argparse.ArgumentParser(prog="python -m dataset.splits", description=__doc__)
-    parser.add_argument("--dataset", choices=[*DATASETS, OWN], default="voc")
-    parser.add_argument("--data_root", "--data-root", type=Path, default=Path("data"))
-    parser.add_argument("--task", default="19-1")
-    parser.add_argument("--overlap", "--overlapped", action="store_true")
-    parser.add_argument("--no_partition", "--no-partition", action="store_true")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="store the lists in this folder")
-    options = parser.parse_args(arguments)
+    parser = Parser("-m dataset.splits", description=__doc__)
+    add = parser.add_argument
+    add("--dataset", choices=[*DATASETS, OWN], default="voc", help="folder = docs/own_data.md")
+    add("--data_root", type=Path, default=Path("data"), metavar="DIR", help="as for run.py")
+    add("--task", default="19-1", help="B-I: B classes, then I at a time; or a fixed name")
+    add("--overlap", "--overlapped", action="store_true", help="overlapped setting")
+    add("--no_partition", action="store_true", help="as for run.py")
+    add("--out", type=Path, metavar="DIR", help="store the lists in this folder")
     try:
+        options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
         spec = get_spec(options.dataset, options.data_root)
         if options.no_partition:
             spec = replace(spec, partition=False)

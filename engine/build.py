@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +34,7 @@ from segmentation_module import (
 from train import Batch, Learner
 from utils import distributed, workers
 from utils.errors import UserError
+from utils.progress import bar
 from utils.scheduler import make_scheduler
 from utils.signals import until_stopped
 
@@ -65,7 +66,7 @@ def build_data(context: Context) -> StepDatasets:
 
 
 def start_workers(context: Context) -> None:
-    """Let what data workers import be imported in the background, if there will be any."""
+    """Start the process that forks data workers, if there will be any: its imports take seconds."""
     if context.opts.num_workers:
         workers.context(IncrementalSegmentation)
 
@@ -103,15 +104,16 @@ def evaluation_loader(
     return make_loader(context, data, batches, persistent)
 
 
-def evaluation_batches(context: Context, loader: DataLoader[Any]) -> Iterator[Batch]:
-    """The batches of an `evaluation_loader`.
+def evaluation_batches(context: Context, loader: DataLoader[Any], what: str) -> Iterable[Batch]:
+    """The batches of an `evaluation_loader`, with a progress bar called `what`.
 
     Raises Interrupted as soon as a process is asked to stop, in all of them after the same batch.
     """
     tune_convolutions(context, training=False)
     rounds = cast(EvalBatchSampler, loader.batch_sampler).rounds
     where = "during an evaluation; --continue_ckpt repeats it"
-    return until_stopped(workers.start(loader), rounds, lambda: where)
+    batches = until_stopped(workers.start(loader), rounds, lambda: where)
+    return bar(batches, desc=what, total=len(loader))
 
 
 # -------------------------------------------------------------------------------- models
@@ -206,12 +208,9 @@ class Training:
 
 
 def build_learner(
-    context: Context,
-    student: IncrementalSegmentationModule,
-    teacher: nn.Module | None,
-    previous: dict[str, Any],
-    max_iters: int,
-) -> Learner:
+    context: Context, student: IncrementalSegmentationModule, teacher: nn.Module | None,
+    previous: dict[str, Any], max_iters: int,
+) -> Learner:  # fmt: skip
     """Fresh optimizer and schedule for the step; parameter groups body / head / cls.
 
     `previous` is the checkpoint of the step before, whose importances a regulariser reads.
@@ -226,7 +225,7 @@ def build_learner(
         # learn whether a gradient overflowed.
         fused=True,
     )  # fmt: skip
-    # A fused first step that overflows would leave behind a momentum that nobody has written.
+    # Without this a fused first step that overflows leaves uninitialised memory as momentum.
     for weight in (p for group in optimizer.param_groups for p in group["params"]):
         optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     scheduler = make_scheduler(

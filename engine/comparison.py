@@ -80,7 +80,7 @@ class Run:
     name: str
     method: str
     seed: int
-    lists: tuple[Any, ...] = ()  # lengths of the train and val list; None where not recorded
+    list_lengths: tuple[Any, ...] = ()  # of train and val list; None where not recorded
     iou: dict[int, np.ndarray] = field(default_factory=dict)  # step -> (C,), nan: no ground truth
     base: str = ""  # the run whose step 0 this one is taken to have started from
 
@@ -106,7 +106,7 @@ class Row:
     def paper(self) -> dict[str, float]:
         """The paper's scores, where this is the paper's data and the task was learnt to its end."""
         setting, run = self.setting, self.runs[0]
-        real = all(run.lists == LISTS.get(setting.dataset) for run in self.runs)
+        real = all(run.list_lengths == LISTS.get(setting.dataset) for run in self.runs)
         if not real or run.last != len(setting.sizes) - 1:
             return {}
         if setting.protocol == "plop":
@@ -146,7 +146,7 @@ def collect(files: Sequence[Path]) -> dict[Setting, list[Row]]:
 
 
 def usual_split(dataset: str, overlap: bool) -> str:
-    """How the images of a row are chosen that does not say it."""
+    """How training images were chosen for a row that does not record it, one of SPLITS."""
     if dataset in DATASETS and DATASETS[dataset].partition:
         return "partition"
     return "overlapped" if overlap else "disjoint"
@@ -173,7 +173,7 @@ def read_runs(path: Path) -> dict[Setting, list[Run]]:
             raise UserError(f"{path} has a row of {', '.join(kind)}: mend it")
         run = runs[kind].setdefault(key, Run(path, *key))
         run.iou[int(row["step"])] = np.array(seen, dtype=np.float64)  # type: ignore[arg-type]
-        run.lists = tuple(row.get(name) for name in results.LISTS)
+        run.list_lengths = tuple(row.get(name) for name in results.LENGTHS)
     if not most:
         raise UserError(f"{path} has no class columns: name a per-class file, not one of means")
     by_setting: dict[Setting, list[Run]] = {}
@@ -206,9 +206,11 @@ def _sizes(dataset: str, task: str, classes: int, runs: Iterable[Run]) -> tuple[
 
 
 def _adopt_bases(runs: Sequence[Run]) -> None:
-    """Give runs without a step 0 of their own that of their name, or the only one of their seed.
+    """Give each run without a step 0 the scores of the step 0 that it started from.
 
-    A run that has later steps as well (of a method whose step 0 differs) is no such base.
+    That is the one with its name and seed; else the one of its seed whose run has no later steps
+    (a run with later steps may be of a method whose step 0 differs). Where several with different
+    scores remain, none is taken.
     """
     later = {(run.name, run.seed) for run in runs if run.last}
     for run in runs:

@@ -10,7 +10,7 @@ import torch
 from argparser import Options
 from dataset.catalog import get_spec
 from dataset.spec import DatasetSpec
-from metrics import Scores, StreamSegMetrics
+from metrics.stream_metrics import Scores, StreamSegMetrics
 from tasks import Task
 from utils.precision import Precision
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -10,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dataset.build import StepDatasets
 from dataset.incremental import IncrementalSegmentation
@@ -22,21 +22,22 @@ from engine.build import (
     tune_convolutions,
 )
 from engine.context import Context
+from engine.logs import TrainingLog
 from engine.paths import own_checkpoint
 from engine.resume import save_progress
 from methods.start import finish_student
 from train import Batch, LogPoint, evaluate, predict_samples, to_device, train_epoch
 from utils import distributed, workers
 from utils.errors import UserError
-from utils.logger import Logger
 from utils.pictures import palette, sample_panel, save_png, stacked
+from utils.progress import bar
 from utils.signals import Interrupted, until_stopped
 
 log = logging.getLogger(__name__)
 SUMMARY_IMAGES = 6
 
 
-def fit(context: Context, training: Training, data: StepDatasets, logger: Logger) -> None:
+def fit(context: Context, training: Training, data: StepDatasets, told: TrainingLog) -> None:
     """Train what is left of the step, then draw its summary.
 
     A checkpoint is written every `--ckpt_interval` epochs, after the last one, and where the step
@@ -46,39 +47,43 @@ def fit(context: Context, training: Training, data: StepDatasets, logger: Logger
     loader = make_loader(context, data.train, training.batches, persistent=True)
     validated = evaluation_loader(context, data.val, persistent=True)
     iterations = training.batches.iterations_per_epoch
-    with _saved_if_interrupted(context, training, logger):
+    with _saved_if_interrupted(context, training, told):
         if training.objective.needs_survey:
             survey(context, training, loader)
-            save(context, training, logger)  # so that no kill makes it look again
+            save(context, training, told)  # so that no kill makes it look again
         while progress.epoch < opts.epochs:
+            told.begin(progress)
             if progress.iteration < iterations:  # else it was interrupted in its validation
-                run_epoch(context, training, loader, logger)
+                run_epoch(context, training, loader, told)
             distributed.broadcast_buffers(training.student)
             if (progress.epoch + 1) % opts.val_interval == 0:
-                score = validate(context, training, validated, logger)
+                score = validate(context, training, validated, told)
                 progress.best_score = max(progress.best_score, score)
             progress.epoch, progress.iteration = progress.epoch + 1, 0
             if progress.epoch == opts.epochs:
                 # What a checkpoint calls unfinished never has it, so it happens once.
                 finish_student(opts.method, training.student, training.teacher)
             if progress.epoch == opts.epochs or progress.epoch % opts.ckpt_interval == 0:
-                save(context, training, logger)
+                save(context, training, told)
     write_summary(context, training, data.test)
 
 
-def save(context: Context, training: Training, logger: Logger) -> None:
+def save(context: Context, training: Training, told: TrainingLog) -> None:
     """Write the checkpoint, the curves first, so that no kill makes a hole in them."""
-    logger.flush()
+    told.logger.flush()
     state = training.objective.state_dict()
     save_progress(context, training.learner, training.progress, training.counts, state)
 
 
 @contextmanager
-def _saved_if_interrupted(context: Context, training: Training, logger: Logger) -> Iterator[None]:
+def _saved_if_interrupted(
+    context: Context, training: Training, told: TrainingLog
+) -> Iterator[None]:
     try:
         yield
     except Interrupted as wish:
-        save(context, training, logger)
+        told.interrupted()
+        save(context, training, told)
         raise Interrupted(f"{wish}; wrote {own_checkpoint(context.opts)}") from None
     except UserError as error:
         path = own_checkpoint(context.opts)
@@ -97,77 +102,59 @@ def survey(context: Context, training: Training, loader: DataLoader[Any]) -> Non
     where = "in the pass before epoch 1; --continue_ckpt repeats it"
     batches = until_stopped(workers.start(loader), len(training.batches), lambda: where)
     totals: dict[str, Tensor] = {}
-    bar = tqdm(
-        to_device(batches, context.device), desc="pass before epoch 1", unit="it", leave=False,
-        total=len(training.batches), disable=None if distributed.is_main() else True,
-    )  # fmt: skip
-    for images, labels in bar:
+    what, rounds = "pass before epoch 1", len(training.batches)
+    log.info("%s: the teacher sees %d batches", what, rounds)
+    for images, labels in bar(to_device(batches, context.device), desc=what, total=rounds):
         for name, part in training.objective.survey(images, labels).items():
             totals[name] = totals[name] + part if name in totals else part
     training.objective.learn({k: distributed.all_reduce(v) for k, v in totals.items()})
 
 
 def run_epoch(
-    context: Context, training: Training, loader: DataLoader[Any], logger: Logger
+    context: Context, training: Training, loader: DataLoader[Any], told: TrainingLog
 ) -> None:
-    """One epoch of training from where it stands, with a progress bar and curves."""
+    """One epoch of training from where it stands, told as it goes."""
     opts, progress = context.opts, training.progress
-    epoch, first = progress.epoch, progress.iteration
     iterations = training.batches.iterations_per_epoch
-    training.batches.set_epoch(epoch, first)
+    training.batches.set_epoch(epoch := progress.epoch, first := progress.iteration)
     tune_convolutions(context, training=True)
-    waiting: list[float] = []
     batches = until_stopped(
         workers.start(loader), iterations,
         lambda: f"after iteration {progress.iteration} of epoch {epoch + 1}",
     )  # fmt: skip
-    with tqdm(
-        total=iterations, initial=first, desc=f"epoch {epoch + 1}/{opts.epochs}", unit="it",
-        disable=None if distributed.is_main() else True, leave=False,
-    ) as bar:  # fmt: skip
+    what = f"epoch {epoch + 1}/{opts.epochs}"
+    with bar(desc=what, total=iterations, initial=first) as shown:
 
         def on_iteration(iteration: int) -> None:
-            bar.update(1)
+            shown.update(1)
             progress.iteration = iteration
 
         def on_log(point: LogPoint) -> None:
-            waiting.append(point.waiting)
-            loss = sum(point.terms.values())
-            bar.set_postfix(loss=f"{loss:.3f}", img_s=f"{point.images_per_second:.1f}")
-            values = {
-                **point.terms, "loss": loss, "lr": point.lr, "waiting": point.waiting,
-                "images_per_second": point.images_per_second,
-            }  # fmt: skip
-            tags = {f"train/{name}": value for name, value in values.items()}
-            logger.scalars(tags, epoch * iterations + point.iteration)
+            shown.set_postfix_str(told.point(point))
 
-        means = train_epoch(
+        train_epoch(
             training.learner, training.objective, batches, context.device,
             epoch=epoch, start=first, interval=opts.print_interval,
             on_iteration=on_iteration, on_log=on_log,
         )  # fmt: skip
-    log.info("epoch %d/%d: loss %.4f (%s), %.0f %% of the time waiting for data", epoch + 1,
-             opts.epochs, sum(means.values()), _join(means), 100 * np.mean(waiting))  # fmt: skip
+    told.trained()
 
 
 def validate(
-    context: Context, training: Training, loader: DataLoader[Any], logger: Logger
+    context: Context, training: Training, loader: DataLoader[Any], told: TrainingLog
 ) -> float:
-    """Scores and loss terms on the validation set, as curves; returns the mean IoU."""
-    iteration = (training.progress.epoch + 1) * training.batches.iterations_per_epoch
-    batches = evaluation_batches(context, loader)
+    """Scores and loss terms on the validation set; returns the mean IoU with background."""
+    begun = time.perf_counter()
+    batches = evaluation_batches(context, loader, "validation")
     classes = len(context.class_names)
     metrics, terms = evaluate(training.validated, batches, classes, context.device)
     scores = context.scores(metrics)
-    values = {f"val/{name}": value for name, value in terms.items()}
-    values["val/loss"] = sum(terms.values())
-    values |= {f"val/{name}": value for name, value in scores.means().items()}
-    logger.scalars(values, iteration)
+    told.validated(terms, scores, time.perf_counter() - begun)
     if distributed.is_main():
         opts, data = context.opts, cast(IncrementalSegmentation, loader.dataset)
+        iteration = (training.progress.epoch + 1) * training.batches.iterations_per_epoch
         for i, panel in enumerate(panels(context, training, data, opts.sample_num)):
-            logger.image(f"samples/{i}", panel, iteration)
-    log.info("validation: mean IoU %.4f (%s)", scores.with_background, _join(terms))
+            told.logger.image(f"samples/{i}", panel, iteration)
     return scores.with_background
 
 
@@ -204,7 +191,3 @@ def write_summary(context: Context, training: Training, data: IncrementalSegment
     if distributed.is_main():
         drawn = list(panels(context, training, data, SUMMARY_IMAGES, before=True))
         save_png(own_checkpoint(context.opts).with_suffix(".png"), stacked(drawn))
-
-
-def _join(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())

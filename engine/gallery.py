@@ -4,13 +4,16 @@
 
 Columns: the image, the truth, then a checkpoint each, such as step 0, FT and MIB after step 1. The
 images are chosen by a rule, not by eye. A tenth of the validation images is looked at: those with
-the most classes, and before them those that hold old and new ones. Of these the last checkpoint
-given labels some better than others; the image in the middle is shown, of several every one that
-parts them into equal shares.
+the most classes, and before them those that hold old and new ones. These are put in the order of
+the last checkpoint's accuracy on them; shown is the one in the middle, with `--count N` those that
+divide the order into N + 1 equal parts.
 """
 
 from __future__ import annotations
 
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,12 +49,14 @@ class Column(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
-    parser = Parser(prog="python -m engine.gallery", description=__doc__)
+    parser = Parser(
+        "-m engine.gallery", words="--out FILE [flags] CHECKPOINT ...", description=__doc__
+    )
     add = parser.add_argument
     add("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT", help="of one task, in any order")
     add("--out", type=Path, required=True, metavar="FILE", help="the picture, a PNG")
-    add("--count", type=int, default=1, help="images, one below the other (default 1)")
-    add("--data_root", "--data-root", help="where the data are now, if not where they were")
+    add("--count", type=int, default=1, help="images, one below the other")
+    add("--data_root", help="where the data are now, if not where they were")
     try:
         opts = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
         if opts.count < 1:
@@ -109,12 +114,12 @@ def draw(columns: Sequence[Column], count: int) -> list[np.ndarray]:
 def choose(data: IncrementalSegmentation, column: Column, count: int) -> list[int]:
     """Which images are shown: see the top of this file."""
 
-    def wealth(index: int) -> tuple[bool, int]:
+    def variety(index: int) -> tuple[bool, int]:
         classes = np.setdiff1d(data[index][1].numpy(), [0, IGNORE_INDEX])
         new = classes >= (column.context.old_classes or 0)
         return bool(new.any() and not new.all()), len(classes)
 
-    rich = sorted(range(len(data)), key=wealth, reverse=True)[: max(count, len(data) // SHARE)]
+    rich = sorted(range(len(data)), key=variety, reverse=True)[: max(count, len(data) // SHARE)]
     found = predict_samples(column.model, column.context.precision, (data[i] for i in rich))
     right = [float((truth == labels)[truth != IGNORE_INDEX].mean()) for _, truth, labels in found]
     order = [rich[i] for i in np.argsort(right, kind="stable")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +15,12 @@ from dataset.build import StepDatasets
 from engine.build import evaluation_batches, evaluation_loader, new_model
 from engine.checkpoint import check_fits, load
 from engine.context import Context
+from engine.journal import Journal
+from engine.logs import score_curves, scores_of
 from engine.paths import result_key, setting, tested_checkpoint
 from methods.averaging import predict_average, versions
 from methods.objective import Objective
-from metrics import Scores, StreamSegMetrics, score_rows, to_table
+from metrics.stream_metrics import Scores, StreamSegMetrics, score_rows, to_table
 from segmentation_module import IncrementalSegmentationModule, load_state
 from train import Classify, evaluate
 from utils import distributed
@@ -53,8 +56,10 @@ def load_tested(context: Context) -> Tested:
     return Tested(model, content.get("total_iterations", 0), binary)
 
 
-def test(context: Context, tested: Tested, data: StepDatasets, logger: Logger) -> None:
-    """The step's result: console table, curves' end points, result files.
+def test(
+    context: Context, tested: Tested, data: StepDatasets, logger: Logger, journal: Journal
+) -> None:
+    """The step's result: console table, curves' end points, metrics.jsonl, result files.
 
     `--tta` adds a second one, with predictions averaged over versions of each image, to the console
     and, under `<name>+tta`, to the result files.
@@ -62,12 +67,17 @@ def test(context: Context, tested: Tested, data: StepDatasets, logger: Logger) -
     objective = Objective([], tested.model, None, context.precision)
     classes, device = len(context.class_names), context.device
     loader = evaluation_loader(context, data.test)
-    metrics, _ = evaluate(objective, evaluation_batches(context, loader), classes, device)
+    log.info("test: %d images", len(data.test))
+    begun = time.perf_counter()
+    metrics, _ = evaluate(objective, evaluation_batches(context, loader, "test"), classes, device)
     if distributed.is_main():
+        scores = scores_of(context, context.scores(metrics))
+        seconds = time.perf_counter() - begun
+        journal.put({"test": scores | {"seconds": seconds}, "total_iterations": tested.iteration})
         report(context, metrics, tested.iteration, data.list_lengths, logger)
     if context.opts.tta:
         averaged, _ = evaluate(
-            objective, evaluation_batches(context, loader), classes, device,
+            objective, evaluation_batches(context, loader, "test, averaged"), classes, device,
             averaging(context, tested),
         )  # fmt: skip
         if distributed.is_main():
@@ -89,12 +99,9 @@ def averaging(context: Context, tested: Tested) -> Classify:
 
 
 def report(
-    context: Context,
-    metrics: StreamSegMetrics,
-    iteration: int,
-    list_lengths: tuple[int, int],
+    context: Context, metrics: StreamSegMetrics, iteration: int, list_lengths: tuple[int, int],
     logger: Logger,
-) -> None:
+) -> None:  # fmt: skip
     """Print and write a tested step's scores."""
     names = [printable(name) for name in context.class_names]
     scores = context.scores(metrics)
@@ -104,7 +111,7 @@ def report(
     header, rows, means = score_rows(names, scores)
     logger.table("test/classes", header, rows, iteration)
     logger.table("test/means", ["score", "value"], means, iteration)
-    logger.scalars({f"test/{name}": value for name, value in scores.means().items()}, iteration)
+    logger.scalars(score_curves(context, scores, "test"), iteration)
     figure = confusion_figure(
         metrics.confusion.cpu().numpy(), names, title=context.title, old=context.old_classes
     )

@@ -39,7 +39,7 @@ def result_key(opts: Options) -> ResultKey:
 
 
 def previous_checkpoint(opts: Options, task: Task) -> tuple[Path, str]:
-    """Where step t - 1 lies, and what to do if it does not."""
+    """The checkpoint of step t - 1, and what a user is to do where it is missing."""
     if opts.step_ckpt:
         return Path(opts.step_ckpt), "check --step_ckpt"
     if opts.base and opts.step == 1:

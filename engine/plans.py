@@ -72,12 +72,29 @@ class _Command(NamedTuple):
             values["name"] = self.run_name(method.name)
         opts = Options(**values | {"method": method, "typed": frozenset(self.given)})
         _reject_conflicts(opts)
+        notes = [*self._remarks(step, method, opts.test), *notes]
         if step == 0 and (idle := method.idle_at_step_0()):
             notes.append(f"step 0 has no teacher: {', '.join('--' + f for f in idle)} idle")
         return Plan(opts, notes)
 
+    def _remarks(self, step: int, method: Method, test: bool) -> list[str]:
+        """What is allowed, but may be a slip: an uneven last step, a later step with no method."""
+        notes = []
+        task, last = self.task, self.task.num_steps - 1
+        left = len(task.steps[last])
+        if task.increment and left < task.increment and step in (self.steps[0], last):
+            notes.append(
+                f"task {task.name}: later steps learn {task.increment} classes each, but the last "
+                f"one (step {last}) only the {left} left"
+            )
+        if step > 0 and not test and method.name == NO_METHOD.name:
+            typed = ", ".join(f"--{flag}" for flag in METHOD_FLAGS if flag in self.given)
+            alone = f"only what {typed} sets" if typed else "plain fine-tuning, as FT"
+            notes.append(f"step {step} has no --method: {alone}")
+        return notes
+
     def run_name(self, method: str) -> str:
-        """What a run is called whose name was not typed: its method, and a seed of its own."""
+        """The name of a run if none was typed: its method, and its seed unless that is usual."""
         name = self.values["name"] if method == NO_METHOD.name else method
         seed = self.given.get("random_seed", DEFAULT_SEED)
         return name if seed == DEFAULT_SEED else f"{name}-seed{seed}"
@@ -183,7 +200,7 @@ def _recipe(values: Mapping[str, Any], task: str, method: Method, world: int) ->
 
 
 def _remark_on_rate(lr: float | tuple[float, float], images: int) -> list[str]:
-    """What the linear rule makes of the rates of the paper, if `images` are in an iteration."""
+    """A remark unless the paper's rates are scaled linearly to the `images` in an iteration."""
     if images == PAPER_BATCH:
         return []
     rates = lr if isinstance(lr, tuple) else (lr, lr)

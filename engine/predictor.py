@@ -11,11 +11,10 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from argparser import Options
@@ -24,18 +23,16 @@ from dataset.transform import normalize, resize
 from engine.checkpoint import load
 from engine.plans import parse
 from methods.averaging import average_probabilities, predict_average, versions
+from methods.windows import Corner, blend
 from modules.norm import get_norm
 from segmentation_module import IncrementalSegmentationModule, load_state, make_model
 from tasks import check_step
 from utils.errors import UserError
-from utils.images import to_rgb
+from utils.images import Picture, as_pixels
 
 log = logging.getLogger(__name__)
 
-Picture: TypeAlias = "np.ndarray | Image.Image | Tensor"
-
-EXPECTED = ("expected a PIL image, an array H W 3 of uint8, or a tensor 3 H W of uint8 or of "
-            "floats in 0..1")  # fmt: skip
+SMALLEST = 32  # pixels of a window
 LONGEST = 4  # the longer side that the network sees is at most so many times the wanted shorter one
 
 
@@ -44,25 +41,42 @@ class View:
     """How the network is shown an image.
 
     Attributes:
-        size: Shorter side in pixels, 0 = the image's own; None = as the model was tested.
-        scales: Probabilities are averaged over these multiples of the size, 0.1 to 10.
-        flip: Averaged with the mirrored image, too.
+        size: Shorter side in pixels, 0 = the image's own; None = as the model was tested, in
+            windows the image's own.
+        window: What is longer than this many pixels, at that size, is seen in overlapping windows
+            of them, whose probabilities are blended; 0 = never. None = in windows of the training
+            crop if the shorter side is more than twice as long.
+        scales: Probabilities are averaged over these multiples of the image, or of each window,
+            0.1 to 10.
+        flip: Averaged with the mirrored image or window, too.
+        batch: Windows that the network sees at a time.
 
     Raises UserError for values out of range.
     """
 
     size: int | None = None
+    window: int | None = None
     scales: Sequence[float] = (1.0,)
     flip: bool = False
+    batch: int = 4
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 0:
             raise UserError(f"size {self.size}: give pixels, 0 for an image's own")
+        if self.window and self.window < SMALLEST:
+            raise UserError(f"window {self.window}: give at least {SMALLEST} pixels, 0 for none")
         if not self.scales or not all(0.1 <= scale <= 10 for scale in self.scales):
             raise UserError("scales must lie between 0.1 and 10")
 
 
 AS_TESTED = View()
+
+
+class Layout(NamedTuple):
+    """How an image is shown to the network."""
+
+    size: tuple[int, int]  # width, height of the whole
+    window: int  # side of the windows in it, in the same pixels; 0 = all at once
 
 
 class Segmented(NamedTuple):
@@ -100,8 +114,8 @@ class Predictor:
         return next(self.model.parameters()).device
 
     def __call__(
-        self, image: Picture, *, size: int | None = None, scales: Sequence[float] = (1.0,),
-        flip: bool = False,
+        self, image: Picture, *, size: int | None = None, window: int | None = None,
+        scales: Sequence[float] = (1.0,), flip: bool = False,
     ) -> np.ndarray:  # fmt: skip
         """The label of every pixel, H W uint8: original labels of the data set.
 
@@ -109,53 +123,99 @@ class Predictor:
             image: a PIL image of any mode, as its pixels lie (`ImageOps.exif_transpose` turns it);
                 an array H W 3 of uint8; a tensor 3 H W of uint8, or of floats in 0..1, which are
                 rounded to 8 bit. RGB, not normalised, of any size.
-            size, scales, flip: see `View`.
+            size, window, scales, flip: see `View`.
 
         Raises UserError for anything else.
         """
-        found = self.segment([as_pixels(image)], View(size, scales, flip))
+        found = self.segment([as_pixels(image)], View(size, window, scales, flip))
         return next(found).labels
 
     def probabilities(
-        self, image: Picture, *, size: int | None = None, scales: Sequence[float] = (1.0,),
-        flip: bool = False,
+        self, image: Picture, *, size: int | None = None, window: int | None = None,
+        scales: Sequence[float] = (1.0,), flip: bool = False,
     ) -> np.ndarray:  # fmt: skip
         """The probability of every class in every pixel, C H W float16; arguments as of a call.
 
         Channel i is that of label `labels[i]`. They sum to one, unless the model is `binary`.
         """
-        found = self.segment([as_pixels(image)], View(size, scales, flip), scores=True)
+        found = self.segment([as_pixels(image)], View(size, window, scales, flip), scores=True)
         probabilities = next(found).probabilities
         assert probabilities is not None
         return probabilities
+
+    def layout(self, width: int, height: int, view: View = AS_TESTED) -> Layout:
+        """How an image of this size is shown to the network."""
+        size, window = network_size(width, height, view.size or 0), view.window
+        if window is None:
+            crop = self.options.crop_size
+            window = crop if min(size) > 2 * crop else 0
+        if 0 < window < max(size):
+            return Layout(size, window)
+        shorter = self.size if view.size is None else view.size
+        return Layout(network_size(width, height, shorter), 0)
 
     @torch.inference_mode()
     def segment(
         self, images: Sequence[np.ndarray], view: View = AS_TESTED, scores: bool = False
     ) -> Iterator[Segmented]:
-        """Segment a batch of uint8 images H W 3 of one size, in order.
+        """Segment a batch of uint8 images H W 3 of one size, in order; it may be empty.
 
         With `scores` come their probabilities; these are large, so that they are computed for one
         image after the other.
         """
+        if not images:
+            return
         height, width = images[0].shape[:2]
-        size = network_size(width, height, self.size if view.size is None else view.size)
-        inputs = torch.stack([resize(image, size) for image in images])
+        layout = self.layout(width, height, view)
+        if layout.window:
+            yield from (self._in_windows(image, layout, view, scores) for image in images)
+            return
+        inputs = torch.stack([resize(image, layout.size) for image in images])
         maps = self._look(inputs, view)
         classes = predict_average(maps, (height, width), self.binary).cpu().numpy()
-        table = np.array(self.labels, dtype=np.uint8)
         for i, channels in enumerate(classes):
             probabilities = None
             if scores:
                 one = [logits[i : i + 1] for logits in maps]
                 found = average_probabilities(one, (height, width), self.binary)
                 probabilities = found[0].cpu().numpy()
-            yield Segmented(table[channels], probabilities)
+            yield Segmented(self._table[channels], probabilities)
+
+    def _in_windows(
+        self, image: np.ndarray, layout: Layout, view: View, scores: bool
+    ) -> Segmented:
+        """Segment an image, uint8 H W 3, in windows: nothing but the results has its size."""
+        (height, width), seen = image.shape[:2], layout.size
+        shown = (min(layout.window, seen[0]), min(layout.window, seen[1]))  # width, height
+        rows, columns = -(-shown[1] * height // seen[1]), -(-shown[0] * width // seen[0])
+
+        def look(corners: Sequence[Corner]) -> list[Tensor]:
+            parts = []
+            for first in range(0, len(corners), view.batch):
+                some = corners[first : first + view.batch]
+                cut = [image[top : top + rows, left : left + columns] for top, left in some]
+                parts.append(self._look(torch.stack([resize(c, shown) for c in cut]), view))
+            return [torch.cat(version) for version in zip(*parts, strict=True)]
+
+        labels = np.empty((height, width), dtype=np.uint8)
+        probabilities = None
+        if scores:
+            probabilities = np.empty((len(self.labels), height, width), dtype=np.float16)
+        for band, found in blend(look, (height, width), (rows, columns), self.binary):
+            labels[band] = self._table[found.argmax(1).cpu().numpy()]
+            if probabilities is not None:
+                probabilities[:, band] = found.transpose(0, 1).half().cpu().numpy()
+        return Segmented(labels, probabilities)
 
     def _look(self, inputs: Tensor, view: View) -> list[Tensor]:
         """uint8 images B 3 H W -> logits of each version of them, B C h w."""
         images = normalize(inputs.to(self.device))
         return versions(lambda x: self.model(x).logits, images, view.scales, view.flip)
+
+    @property
+    def _table(self) -> np.ndarray:
+        """Channel -> original label."""
+        return np.array(self.labels, dtype=np.uint8)
 
 
 def network_size(width: int, height: int, shorter: int) -> tuple[int, int]:
@@ -169,40 +229,6 @@ def network_size(width: int, height: int, shorter: int) -> tuple[int, int]:
     if long > LONGEST * short:
         shorter, short = LONGEST * shorter, long
     return max(1, width * shorter // short), max(1, height * shorter // short)
-
-
-def as_pixels(image: Picture) -> np.ndarray:
-    """An image, as `Predictor.__call__` takes it, as uint8 H W 3. Raises UserError."""
-    if isinstance(image, Image.Image):
-        pixels = np.asarray(to_rgb(image))
-    elif isinstance(image, Tensor):
-        pixels = _of_tensor(image.detach())
-    elif not isinstance(image, np.ndarray):
-        raise UserError(f"{EXPECTED}; this is of type {type(image).__name__}")
-    elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise UserError(f"{EXPECTED}; this is an array {_shape(image)} of {image.dtype}")
-    else:
-        pixels = np.ascontiguousarray(image)
-    if pixels.size == 0:
-        raise UserError(f"{EXPECTED}; this one is empty, {_shape(pixels)}")
-    return pixels
-
-
-def _of_tensor(image: Tensor) -> np.ndarray:
-    kind = str(image.dtype).removeprefix("torch.")
-    known = image.dtype == torch.uint8 or image.is_floating_point()
-    if not known or image.ndim != 3 or image.shape[0] != 3:
-        raise UserError(f"{EXPECTED}; this is a tensor {_shape(image)} of {kind}")
-    if image.is_floating_point() and image.numel():
-        low, high = (value.item() for value in image.aminmax())
-        if not 0 <= low <= high <= 1:  # nor is it where one is nan
-            raise UserError(f"{EXPECTED}; this is a tensor with values from {low:g} to {high:g}")
-        image = (image.float() * 255).round().to(torch.uint8)
-    return image.permute(1, 2, 0).contiguous().cpu().numpy()
-
-
-def _shape(array: np.ndarray | Tensor) -> str:
-    return " x ".join(map(str, array.shape)) or "without shape"
 
 
 # ----------------------------------------------------------------------------- checkpoints

@@ -84,9 +84,9 @@ _RATE = ("lr", "lr_policy", "lr_power", "lr_decay_step", "lr_decay_factor", "epo
 
 
 def follow_flags(learner: Learner, theirs: Mapping[str, Any], opts: Options) -> None:
-    """Let flags of the optimizer and the schedule that are new on going on take effect at once.
+    """Let changed flags of the optimizer and the schedule take effect in a run that goes on.
 
-    Those that are as before leave what was loaded as it is, to the last bit.
+    Unchanged ones leave what was loaded as it is, to the last bit.
     """
     ours = opts.record()
     changed = {name for name in ours if name in theirs and ours[name] != theirs[name]}

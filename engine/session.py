@@ -14,12 +14,21 @@ from pathlib import Path
 import torch
 
 from argparser import Options
-from engine.build import build_data, build_training, start_workers
+from dataset.build import StepDatasets
+from engine.announce import (
+    announce_end,
+    announce_model,
+    announce_next,
+    announce_step,
+    announce_training,
+)
+from engine.build import Training, build_data, build_training, start_workers
 from engine.comparison import collect
 from engine.context import Context
 from engine.fit import fit
 from engine.identity import CONCLUDED, DONE, as_trained, state, state_for_all, stored_result
-from engine.logs import open_logger
+from engine.journal import Journal
+from engine.logs import TrainingLog, open_journal, open_logger
 from engine.outcome import Tested, load_tested, test
 from engine.paths import log_folder, own_checkpoint, setting
 from engine.plans import Plan
@@ -30,18 +39,18 @@ from utils.compiled import check_compiler, reset_compiler
 from utils.errors import UserError
 from utils.files import check_writable
 from utils.lock import run_lock
-from utils.logger import setup_console
+from utils.logger import Logger, setup_console
 from utils.results import read_results, result_files
 from utils.signals import INTERRUPTED, Interrupted, asked_to_stop, stop_requests
 
 log = logging.getLogger(__name__)
 
 
-def execute(plans: Sequence[Plan]) -> int:
-    """All plans, one after the other; returns the exit status."""
+def execute(plans: Sequence[Plan], argv: Sequence[str] = ()) -> int:
+    """All plans of a command line, one after the other; returns the exit status."""
     debug = plans[0].opts.debug
     try:
-        learn_all(plans)
+        learn_all(plans, argv)
     except Interrupted as wish:
         log.info("interrupted: %s", wish)
         distributed.shutdown()
@@ -66,8 +75,11 @@ def execute(plans: Sequence[Plan]) -> int:
     return 0
 
 
-def learn_all(plans: Sequence[Plan]) -> None:
-    """Every plan that is not finished, then the table of the methods, if there are several."""
+def learn_all(plans: Sequence[Plan], argv: Sequence[str]) -> None:
+    """Every plan that is not finished, then the table of the methods, if there are several.
+
+    At the end the log says which command comes after this one, which `argv` are the flags of.
+    """
     device = distributed.init(plans[0].opts.local_rank)
     use_true_float32()
     setup_console(distributed.rank(), plans[0].opts.debug)
@@ -84,6 +96,8 @@ def learn_all(plans: Sequence[Plan]) -> None:
         free_memory(device)  # nothing of a step stays on the device when the next is built
     if len({plan.opts.method.name for plan in plans}) > 1 and distributed.is_main():
         print_comparison([plan.opts for plan in plans])
+    if distributed.is_main():
+        announce_next(plans[-1].opts, argv, tested=plans[0].opts.test)
 
 
 def is_done(opts: Options, alone: bool) -> bool:
@@ -118,7 +132,8 @@ def use_true_float32() -> None:
 def run_plan(plan: Plan, device: torch.device) -> bool:
     """Train the step unless `--test`, then test it.
 
-    Raises Interrupted if asked to stop; says whether that came when there was nothing left to stop.
+    Raises Interrupted if asked to stop. Returns whether it was asked too late, in the step's last
+    moments: then the step is done and the next one is not to begin.
     """
     opts = as_trained(plan.opts) if plan.opts.test else plan.opts
     for note in plan.notes:
@@ -138,20 +153,36 @@ def run_plan(plan: Plan, device: torch.device) -> bool:
             opts = replace(opts, continue_ckpt=True, ckpt=None)
             context = replace(context, opts=opts)
         stack.enter_context(stop_requests())
-        log.info("task %s, step %d: %d images, learns %s", opts.task, opts.step, len(data.train),
-                 ", ".join(context.class_names[context.old_classes or 0 :]))  # fmt: skip
+        announce_step(context, data)
+        journal = open_journal(opts)
         if opts.test:
             tested = load_tested(context)
+            announce_model(context, tested.model)
             logger = stack.enter_context(open_logger(opts, None))
         else:
             training = build_training(context, data, load_resumed(context))
-            done = training.learner.scheduler.last_epoch
-            logger = stack.enter_context(open_logger(opts, done))
-            fit(context, training, data, logger)
-            done = training.learner.scheduler.last_epoch
-            tested = Tested(training.student, done, opts.method.bce)
-        test(context, tested, data, logger)
+            logger = stack.enter_context(open_logger(opts, training.learner.scheduler.last_epoch))
+            tested = learn(context, training, data, logger, journal)
+        test(context, tested, data, logger, journal)
+        announce_end(opts)
         return distributed.any_process(asked_to_stop())
+
+
+def learn(
+    context: Context, training: Training, data: StepDatasets, logger: Logger, journal: Journal
+) -> Tested:
+    """Train what is left of a step; returns what is to be tested."""
+    announce_model(context, training.student)
+    announce_training(context, training)
+    progress, iterations = training.progress, training.batches.iterations_per_epoch
+    known = journal.go_on(progress.epoch, progress.iteration)
+    images = len(data.val), len(data.test)
+    told = TrainingLog(
+        context, logger, journal, iterations=iterations, images=images, current=known
+    )
+    fit(context, training, data, told)
+    done = training.learner.scheduler.last_epoch
+    return Tested(training.student, done, context.opts.method.bce)
 
 
 def prepare_process(opts: Options, device: torch.device) -> None:
@@ -175,6 +206,7 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     reset_compiler()
 
 

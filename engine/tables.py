@@ -31,10 +31,10 @@ def cells(setting: Setting, rows: Sequence[Row]) -> list[list[str]]:
     return table
 
 
-def _value(mean: float, spread: float) -> str:
+def _value(mean: float, std: float) -> str:
     if math.isnan(mean):
         return "-"
-    return f"{mean:.1f}" if math.isnan(spread) else f"{mean:.1f} ± {spread:.1f}"
+    return f"{mean:.1f}" if math.isnan(std) else f"{mean:.1f} ± {std:.1f}"
 
 
 def title_of(setting: Setting) -> str:
@@ -44,7 +44,7 @@ def title_of(setting: Setting) -> str:
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
-    """What the stars mean, and whose the numbers of PLOP's tables are."""
+    """What the stars mean, and where PLOP's numbers were published."""
     bases = sorted({run.base for row in rows for run in row.runs if run.base})
     text = "* without a step 0 of its own, compared with that of "
     notes = [text + ", ".join(bases)] if bases else []

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from methods.pieces import Piece, Upsampled, interpolate, predict
+from methods.pieces import Operands, Piece, Upsampled, interpolate, predict
 from utils.constants import IGNORE_INDEX
 
 
@@ -64,7 +64,7 @@ def predict_average(maps: Sequence[Tensor], size: tuple[int, int], binary: bool 
 def average_probabilities(
     maps: Sequence[Tensor], size: tuple[int, int], binary: bool = False
 ) -> Tensor:
-    """Mean probabilities B C H W, float16: 2 bytes for each, so C H W of them are many.
+    """Mean probabilities B C H W, as float16 to halve their memory.
 
     Softmax over the classes; with `binary` (models trained with --bce) a sigmoid for each.
     """
@@ -73,6 +73,18 @@ def average_probabilities(
     for piece, probabilities in _averaged(maps, size, binary):
         result[piece.image, :, piece.rows] = probabilities.transpose(0, 1).half()
     return result
+
+
+def mean_probabilities(versions: Sequence[Operands], binary: bool) -> Tensor:
+    """Mean over versions of the probabilities of some rows of an image, rows C W.
+
+    Each version is what `interpolate` makes those rows from.
+    """
+    total = torch.zeros((), device=versions[0][0].device)
+    for operands in versions:
+        logits = interpolate(*operands)[:, :, 0]
+        total = total + (logits.sigmoid() if binary else logits.softmax(1))
+    return total / len(versions)
 
 
 def _averaged(
@@ -85,11 +97,7 @@ def _averaged(
     def mean(piece: Piece) -> Tensor:
         # Versions differ in height, so the source rows of one are not those of another: take all.
         piece = piece._replace(span=slice(None))
-        total = torch.zeros((), device=maps[0].device)
-        for version in upsampled:
-            logits = interpolate(*version.operands(piece))[:, :, 0]
-            total = total + (logits.sigmoid() if binary else logits.softmax(1))
-        return total / len(upsampled)
+        return mean_probabilities([version.operands(piece) for version in upsampled], binary)
 
     with torch.autocast(maps[0].device.type, enabled=False):
         yield from upsampled[0].each_piece(mean, None)

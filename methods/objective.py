@@ -38,13 +38,9 @@ class Objective:
     """
 
     def __init__(
-        self,
-        term_groups: Sequence[TermGroup],
-        student: nn.Module,
-        teacher: nn.Module | None,
-        precision: Precision,
-        compiled: bool = False,
-    ) -> None:
+        self, term_groups: Sequence[TermGroup], student: nn.Module, teacher: nn.Module | None,
+        precision: Precision, compiled: bool = False,
+    ) -> None:  # fmt: skip
         run: Callable[[nn.Module], Network] = torch.compile if compiled else lambda module: module
         self.groups = tuple(term_groups)
         self.names = tuple(name for group in self.groups for name in group.names)
@@ -111,15 +107,9 @@ class Objective:
 
 
 def make_objective(
-    method: Method,
-    student: nn.Module,
-    teacher: nn.Module | None,
-    classes_per_step: Sequence[int],
-    precision: Precision,
-    *,
-    training: bool = True,
-    compiled: bool = False,
-) -> Objective:
+    method: Method, student: nn.Module, teacher: nn.Module | None, classes_per_step: Sequence[int],
+    precision: Precision, *, training: bool = True, compiled: bool = False,
+) -> Objective:  # fmt: skip
     """The objective of a method at the step whose classifiers have `classes_per_step` channels.
 
     With `training` False it is the loss that a validation shows, and nothing is compiled.

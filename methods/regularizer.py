@@ -24,13 +24,13 @@ TensorDict = dict[str, Tensor]
 
 
 class Regularizer(ABC):
-    """Base of the three.
+    """Base of EWC, PI and RW.
 
     Args:
         student: the bare model (not wrapped for distribution). Parameters without a gradient
             (`--freeze`, `--fix_bn`) keep their importances and add nothing.
         teacher: the model of the step before, None at step 0.
-        earlier: what that step exported; its tensors are penalised after `norm`.
+        earlier: what that step exported, of which the penalty's importances are made.
         normalize: scale each stored tensor to [0, 1] before use (`--reg_no_normalize` off).
 
     Raises UserError where `earlier` does not fit the teacher.
@@ -40,13 +40,9 @@ class Regularizer(ABC):
     exported: tuple[str, ...]  # names of the importances that the next step reads
 
     def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module | None,
-        earlier: Mapping[str, TensorDict] | None = None,
-        *,
-        normalize: bool = True,
-    ) -> None:
+        self, student: nn.Module, teacher: nn.Module | None,
+        earlier: Mapping[str, TensorDict] | None = None, *, normalize: bool = True,
+    ) -> None:  # fmt: skip
         self.parameters = dict(student.named_parameters())
         old = dict(teacher.named_parameters()) if teacher is not None else {}
         self.reference = {k: old[k].detach() for k in self.parameters if k in old}
@@ -113,8 +109,8 @@ class Regularizer(ABC):
 
     def state(self) -> dict[tuple[str, ...], list[Tensor]]:
         """The tensors that `update` changes, and of which parameters they are."""
-        lists = {name: getattr(self, name) for name in self.tensors if name != "start"}
-        return {(name, *tensors): list(tensors.values()) for name, tensors in lists.items()}
+        changing = {name: getattr(self, name) for name in self.tensors if name != "start"}
+        return {(name, *tensors): list(tensors.values()) for name, tensors in changing.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Running state for a resume within the step."""
@@ -125,11 +121,9 @@ class Regularizer(ABC):
         for name in self.tensors:
             own, stored = getattr(self, name), state.get(name)
             # Snapshots begin with the first update; the others have every parameter.
-            whole = name == "snapshot" or set(own) == set(stored or ())
-            if (
-                not isinstance(stored, Mapping)
-                or not whole
-                or not all(
+            if not isinstance(stored, Mapping) or not (
+                (name == "snapshot" or set(own) == set(stored))
+                and all(
                     k in self.parameters and v.shape == self.parameters[k].shape
                     for k, v in stored.items()
                 )
@@ -138,28 +132,26 @@ class Regularizer(ABC):
             own.clear()
             own.update({k: v.to(self.parameters[k].device) for k, v in stored.items()})
 
-    def _gradients(self) -> tuple[list[str], list[Tensor], list[Tensor]]:
-        """Names, theta and g of the watched parameters that have a gradient."""
+    def _watched(self) -> tuple[list[str], list[Tensor], list[Tensor]]:
+        """Names, theta and g of the parameters that have a gradient."""
         seen = [(k, p.detach(), p.grad) for k, p in self.parameters.items() if p.grad is not None]
         return [k for k, _, _ in seen], [p for _, p, _ in seen], [g for _, _, g in seen]
 
-    def _since_snapshot(self, snapshot: TensorDict) -> tuple[list[str], list[Tensor], list[Tensor]]:
-        """Names, theta_prev - theta and g of the parameters that the snapshot has."""
-        seen = [(k, p, g) for k, p, g in zip(*self._gradients(), strict=True) if k in snapshot]
-        names, gradients = [k for k, _, _ in seen], [g for _, _, g in seen]
+    def _moved(self, snapshot: TensorDict) -> tuple[list[str], list[Tensor], list[Tensor]]:
+        """Names, theta_prev - theta and g of the watched parameters that the snapshot has.
+
+        theta_prev lies in the snapshot, which is brought up to date.
+        """
+        names, now, gradients = self._watched()
         if not names:
             return [], [], []
-        moved = torch._foreach_sub([snapshot[k] for k in names], [p for _, p, _ in seen])
-        return names, list(moved), gradients
-
-    def _take_snapshot(self, snapshot: TensorDict) -> None:
-        """Put theta into it, of the parameters that have a gradient."""
-        names, now, _ = self._gradients()
-        snapshot |= {
-            k: torch.empty_like(p) for k, p in zip(names, now, strict=True) if k not in snapshot
-        }
-        if names:
-            torch._foreach_copy_([snapshot[k] for k in names], now)
+        known = [i for i, k in enumerate(names) if k in snapshot]
+        before = [snapshot[names[i]] for i in known]
+        moved = torch._foreach_sub(before, [now[i] for i in known]) if known else []
+        snapshot |= {k: torch.empty_like(p) for k, p in zip(names, now, strict=True)
+                     if k not in snapshot}  # fmt: skip
+        torch._foreach_copy_([snapshot[k] for k in names], now)
+        return [names[i] for i in known], list(moved), [gradients[i] for i in known]
 
 
 class _FisherRegularizer(Regularizer):
@@ -177,8 +169,8 @@ class _FisherRegularizer(Regularizer):
             for k, p in self.parameters.items()
         }
 
-    def update_fisher(self) -> None:
-        names, _, gradients = self._gradients()
+    def update(self) -> None:
+        names, _, gradients = self._watched()
         if names:
             fisher = [self.fisher[k] for k in names]
             torch._foreach_mul_(fisher, 1 - self.alpha)
@@ -189,9 +181,6 @@ class EWC(_FisherRegularizer):
     """Elastic Weight Consolidation (Kirkpatrick et al., PNAS 2017), Fisher kept online."""
 
     tensors = exported = ("fisher",)
-
-    def update(self) -> None:
-        self.update_fisher()
 
     def export(self) -> dict[str, TensorDict]:
         return {"fisher": self.fisher}
@@ -217,10 +206,10 @@ class PI(Regularizer):
         }
 
     def update(self) -> None:
-        names, moved, gradients = self._since_snapshot(self.snapshot)
+        names, moved, gradients = self._moved(self.snapshot)
         if names:
-            torch._foreach_addcmul_([self.delta[k] for k in names], gradients, moved)
-        self._take_snapshot(self.snapshot)
+            torch._foreach_mul_(moved, gradients)
+            torch._foreach_add_([self.delta[k] for k in names], moved)
 
     def export(self) -> dict[str, TensorDict]:
         score, earlier = {}, self.earlier.get("score", {})
@@ -252,7 +241,7 @@ class RW(_FisherRegularizer):
 
     def update(self) -> None:
         if self.calls % self.interval == 0:
-            names, moved, gradients = self._since_snapshot(self.snapshot)
+            names, moved, gradients = self._moved(self.snapshot)
             if names:
                 distance = torch._foreach_mul(moved, moved)
                 torch._foreach_mul_(distance, [self.fisher[k] for k in names])
@@ -261,9 +250,8 @@ class RW(_FisherRegularizer):
                 torch._foreach_mul_(moved, gradients)
                 torch._foreach_div_(moved, distance)
                 torch._foreach_add_([self.running_score[k] for k in names], moved)
-            self._take_snapshot(self.snapshot)
         self.calls += 1
-        self.update_fisher()
+        super().update()
 
     def export(self) -> dict[str, TensorDict]:
         earlier = self.earlier.get("score", {})

@@ -160,7 +160,7 @@ class Method:
 
 
 FLAGS = tuple(f.name for f in flags_of(Method))
-NO_METHOD = Method()  # the flags speak for themselves
+NO_METHOD = Method()  # without --method: the flags alone say what is computed
 
 _PLOP: dict[str, Any] = {
     "pod": 0.01, "pod_logits": 0.0005, "pseudo": True, "init_balanced": True,

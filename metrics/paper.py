@@ -42,7 +42,7 @@ def plop_scores(dataset: str, task: str, method: str) -> dict[str, float]:
 
 
 def plop_source() -> str:
-    """Whose the numbers of `plop_scores` are."""
+    """Where the numbers of `plop_scores` were published."""
     return str(_tables()["plop"]["source"])
 
 

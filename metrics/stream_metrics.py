@@ -29,6 +29,19 @@ _MEANS = {
 }
 
 
+# What the means are called in curves and metrics.jsonl, where a name stands alone.
+_NAMES = {
+    "old": "mean_iou_old",
+    "new": "mean_iou_new",
+    "all": "mean_iou",
+    "with_background": "mean_iou_with_background",
+    "mean_acc": "mean_accuracy",
+    "overall_acc": "overall_accuracy",
+    "fw_iou": "frequency_weighted_iou",
+    "mean_prec": "mean_precision",
+}
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """Scores of one evaluation, in [0, 1], float64; nan where there is nothing to measure.
@@ -53,6 +66,10 @@ class Scores:
     def means(self) -> dict[str, float]:
         """The single numbers by name, in the order in which tables show them."""
         return {name: getattr(self, name) for name in _MEANS}
+
+    def named(self) -> dict[str, float]:
+        """The single numbers by names that say what they are without a table around them."""
+        return {_NAMES[name]: value for name, value in self.means().items()}
 
 
 class StreamSegMetrics:

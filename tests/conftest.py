@@ -1,4 +1,4 @@
-"""What every test file shares: one thread per test process, and where ../shared lies."""
+"""What all test files use: one thread per test process, and where reference data lie."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def shared() -> Path:
-    """The workplace's reference data, which users do not have."""
+    """Reference data beside the checkout, too large for it; tests of them are skipped without."""
     if not SHARED.is_dir():
-        pytest.skip("needs ../shared (reference data of the workplace)")
+        pytest.skip("no reference data beside this checkout")
     return SHARED
 
 

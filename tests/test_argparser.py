@@ -143,7 +143,41 @@ def test_icarl_flags_stand_on_their_own():
     assert list(pixel_terms(both.method, 20)) == ["icarl", "kd"]
     assert opts.method.icarl_disjoint
     assert opts.method.bce
-    assert len(notes) == 3
+    assert notes == [
+        "step 1 has no --method: only what --icarl_bkg sets",
+        "--icarl_bkg implies --icarl_disjoint",
+        "--icarl_disjoint implies --icarl",
+        "--icarl implies --bce",
+    ]
+
+
+UNEVEN = "task 15-6: later steps learn 6 classes each, but the last one (step 1) only the 5 left"
+BARE = "step {} has no --method: plain fine-tuning, as FT"
+
+
+@pytest.mark.parametrize(
+    ("command", "notes"),
+    [
+        ("--task 15-6 --method FT --step all", [[UNEVEN], [UNEVEN]]),
+        ("--task 15-5 --method FT --step all", [[], []]),
+        ("--task 15-5s --method FT --step 0,5", [[], []]),
+        ("--task offline", [[]]),
+        ("--task 15-6", [[UNEVEN]]),
+        ("--task 15-5 --step all", [[], [BARE.format(1)]]),
+        ("--task 15-5 --step 1 --test", [[]]),
+        ("--task 15-5s --step 2-3", [[BARE.format(2)], [BARE.format(3)]]),
+        ("--step 1 --loss_kd 3", [["step 1 has no --method: only what --loss_kd sets"]]),
+    ],
+)
+def test_what_may_be_a_slip_is_said_aloud(command: str, notes: list[list[str]]):
+    assert [plan.notes for plan in parse_all(command.split())] == notes
+
+
+def test_an_uneven_task_is_said_with_its_first_and_its_last_step():
+    argv = ["--task", "10-4", "--method", "FT", "--step", "all"]
+    said = [plan.notes for plan in parse_all(argv)]
+    assert [len(notes) for notes in said] == [1, 0, 0, 1]
+    assert said[0][0].endswith("learn 4 classes each, but the last one (step 3) only the 2 left")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +203,7 @@ def test_the_papers_recipe_fills_what_is_not_set(monkeypatch):
     for plan, lr in ((first, 0.01), (second, 0.001)):
         opts = plan.opts
         assert (opts.batch_size, opts.lr, opts.epochs, opts.crop_size) == (12, lr, 30, 512)
-        assert plan.notes == []
+    assert (first.notes, second.notes) == ([], [BARE.format(1)])
     (ade,) = parse_all(["--recipe", "paper", "--dataset", "ade", "--task", "100-50"])
     assert ade.opts.epochs == 60
     (own,) = parse_all(["--recipe", "paper", "--batch_size", "6", "--epochs", "5"])
@@ -282,7 +316,7 @@ def test_several_methods_share_what_they_can_of_step_0():
         (["--name", "a/b"], "--name"),
         (["--name", ".."], "--name"),
         (["--wandb_entity", "me"], "--wandb"),
-        (["--regularizer", "ewc,si"], "'ewc,si'"),
+        (["--regularizer", "ewc,si"], "'si'"),
         (["--regularizer", "ewc,pi", "--step", "1"], "step 0"),
     ],
 )

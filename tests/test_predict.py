@@ -144,7 +144,8 @@ def test_several_folders_keep_their_names_and_clashes_are_refused(ckpt, tmp_path
         (["."], "no picture in ."),
         (["x.png", "--scales", "0"], "--scales: 0 is out of range (at least 0.1, at most 10)"),
         (["x.png", "--batch_size", "0"], "--batch_size: 0 is out of range (at least 1)"),
-        (["x.png", "--flop"], "--flop; `python predict.py --help` lists every flag"),
+        (["x.png", "--window", "5"], "window 5: give at least 32 pixels, 0 for none"),
+        (["x.png", "--flop"], "unknown flag --flop (did you mean --flip?); `python predict.py --hel"),
         (["x.png", "--step", "1"], "knows what it is: drop --step"),
         (["x.png", "--ckpt", "gone.pth"], "no checkpoint at gone.pth: check the path"),
     ],
@@ -182,6 +183,33 @@ def test_names_of_own_data_come_out_of_the_checkpoint(tmp_path):
     assert stored["class_names"].tolist() == [names[label] for label in SEEN]
 
 
+# --- large images; the crop is 64 ---
+
+
+def test_windows_are_chosen_by_themselves_and_said_once(ckpt, tmp_path, capsys):
+    for name, size in {"a": (200, 140), "b": (200, 140), "c": (70, 200), "d": (128, 128)}.items():
+        picture(*size).save(tmp_path / f"{name}.png")
+    inputs = [tmp_path / f"{name}.png" for name in "abcd"]
+    assert run(ckpt, tmp_path / "auto", *inputs, "--scores") == 0
+    (line,) = capsys.readouterr().out.splitlines()[1:-1]
+    assert line.startswith("windows of 64 pixels for 2 images, more than twice as large; --window")
+    assert run(ckpt, tmp_path / "off", *inputs, "--window", 0) == 0
+    assert capsys.readouterr().out.splitlines()[1:-1] == []
+    assert run(ckpt, tmp_path / "on", *inputs, "--window", 64) == 0
+    assert capsys.readouterr().out.splitlines()[1:-1] == ["windows of 64 pixels for 4 images"]
+
+    def mask(folder: str, name: str) -> np.ndarray:
+        return np.asarray(Image.open(tmp_path / folder / "masks" / f"{name}.png"))
+
+    same = {name: np.array_equal(mask("auto", name), mask("off", name)) for name in "abcd"}
+    assert same == {"a": False, "b": False, "c": True, "d": True}
+    assert np.array_equal(mask("auto", "a"), mask("on", "a"))
+    assert not np.array_equal(mask("auto", "c"), mask("on", "c"))
+    stored = np.load(tmp_path / "auto/scores/a.npz")["probabilities"]
+    assert (stored.shape, stored.dtype) == ((5, 140, 200), np.float16)
+    assert (np.array(SEEN)[stored.argmax(0)] == mask("auto", "a")).mean() > 0.99
+
+
 # --- overlay ---
 
 
@@ -215,3 +243,5 @@ def test_batches_are_filled_with_images_of_one_size():
     sizes = dict(zip(jobs, [(8, 8), (9, 9), (8, 8), (9, 9), (8, 8)], strict=True))
     batches = [[job.name.name for job in batch] for batch in predict.batches(sizes, 2)]
     assert batches == [["0", "2"], ["4"], ["1", "3"]]
+    batches = [[job.name.name for job in b] for b in predict.batches(sizes, 2, jobs[1:2])]
+    assert batches == [["0", "2"], ["4"], ["1"], ["3"]]

@@ -14,8 +14,8 @@ from PIL import Image
 
 from dataset.catalog import DATASETS
 from engine.comparison import collect, find_files, scores_of
-from metrics import Scores
 from metrics.paper import LISTS, paper_scores, plop_scores
+from metrics.stream_metrics import Scores
 from report import curves_of, draw, main
 from tasks import get_task
 from utils.results import ResultKey, write_results

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import shutil
@@ -36,7 +38,7 @@ def make_toy(out: Path, dataset: str = "voc", train: int = 40, val: int = 7) -> 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Path:
-    return make_toy(tmp_path_factory.mktemp("toy"))
+    return make_toy(tmp_path_factory.mktemp("it's $a toy"))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def trained(toy, tmp_path_factory) -> tuple[Path, str]:
     """A folder in which step 0 of run "a" was trained, and what that printed."""
     folder = tmp_path_factory.mktemp("trained")
     command = [sys.executable, str(ROOT / "run.py"), "--data_root", str(toy), *SMALL]
-    command += ["--name", "a", "--method", "MIB", "--sample_num", "2"]
+    command += ["--name", "a", "--method", "MIB", "--sample_num", "2", "--print_interval", "3"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     return folder, done.stdout
 
@@ -65,16 +67,15 @@ def fails(capsys, toy: Path, *argv: str) -> str:
     """The one line that a run which must fail prints."""
     assert start(toy, *argv) == 1
     captured = capsys.readouterr().err.strip()
-    lines = [line for line in captured.splitlines() if "it/s" not in line and "mask/s" not in line]
-    assert len(lines) == 1, captured
-    assert lines[0].startswith("error: ")
-    return lines[0]
+    assert len(captured.splitlines()) == 1, captured
+    assert captured.startswith("error: ")
+    return captured
 
 
 def table(text: str) -> str:
     """The class table of a test, as printed."""
     begin = text.index("  #  class")
-    return text[begin : text.index("mean precision") + 40].strip()
+    return text[begin : text.index("\n", text.index("mean precision"))]
 
 
 def checkpoint_file(folder: Path, name: str, step: int) -> Path:
@@ -99,11 +100,86 @@ def test_curves_table_figure_and_panels_are_in_the_event_file(trained):
     logdir = folder / "logs" / SETTING / "a" / "step-0"
     events = EventAccumulator(str(logdir), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
-    for tag in ("train/ce", "train/lr", "train/images_per_second", "val/ce", "val/with_background"):
+    for tag in ("train/ce", "train/lr", "train/images_per_second", "val/ce", "val/loss"):
         assert tag in tags["scalars"]
+    (row,) = read_results(folder / "logs" / "results" / f"{SETTING}.csv")
+    (means,) = read_results(folder / "logs" / "results" / f"{SETTING}-agg.csv")
+    for what in ("val", "test"):  # of the same images with the same weights
+        curves = {tag: events.Scalars(tag)[-1].value for tag in tags["scalars"] if what in tag}
+        assert f"{what}/mean_iou_old" not in curves  # step 0 has no old classes
+        assert curves[f"{what}/mean_iou"] == pytest.approx(means["all"], rel=1e-6)
+        with_background = curves[f"{what}/mean_iou_with_background"]
+        assert with_background == pytest.approx(row["mean_iou"], rel=1e-6)
+        seen = {
+            column.partition(":")[2]: value for column, value in row.items()
+            if ":" in column and value is not None and not math.isnan(value)
+        }  # fmt: skip
+        found = {tag.partition("_iou/")[2] for tag in curves if tag.startswith(f"{what}_iou/")}
+        assert found == seen.keys()
+        for name, value in seen.items():
+            assert curves[f"{what}_iou/{name}"] == pytest.approx(value, rel=1e-6)
     assert {"samples/0", "samples/1", "test/confusion"} <= set(tags["images"])
     assert any("test/classes" in tag for tag in tags["tensors"])
     assert (logdir / "images" / "samples" / "0.png").is_file()
+
+
+def test_metrics_are_a_line_per_epoch_and_one_for_the_test(trained):
+    folder, printed = trained
+    file = folder / "logs" / SETTING / "a" / "step-0" / "metrics.jsonl"
+    epoch, test = (json.loads(line) for line in file.read_text().splitlines())
+    (means,) = read_results(folder / "logs" / "results" / f"{SETTING}-agg.csv")
+    assert (epoch["epoch"], epoch["iterations"], test["total_iterations"]) == (1, 9, 9)
+    assert epoch["terms"].keys() == epoch["validation"]["terms"].keys() == {"ce"}
+    assert epoch["loss"] == epoch["terms"]["ce"]
+    assert f"epoch 1/1: loss {epoch['loss']:.4f} (ce {epoch['loss']:.4f})" in printed
+    assert 0 <= epoch["waiting"] <= 1
+    assert epoch["images_per_second"] == pytest.approx(36 / epoch["seconds"])
+    for found in (epoch["validation"], test["test"]):
+        assert found["mean_iou_old"] is None
+        assert found["mean_iou"] == means["all"]
+        assert found["mean_iou_with_background"] == means["with_background"]
+        assert len(found["iou"]) == 16
+
+
+def test_the_log_says_what_happens(trained, toy):
+    """In a pipe a line every third iteration, and nothing that is for a terminal."""
+    folder, printed = trained
+    assert "\r" not in printed
+    for line in (
+        "run a: voc 15-5 overlapped, step 0 of 0 to 1, method MIB",
+        f"data: {toy}: 39 of 40 images to train on, 7 to validate on, 7 to test on",
+        "network: resnet18 with DeepLabv3, iabn_sync, output stride 16, 16 classes, 15.3 M param",
+        "iterations: 9 of 4 images in an epoch, 9 in 1 epochs",
+        f"checkpoint: checkpoints/step/{SETTING}/a_0.pth",
+        f"metrics: logs/{SETTING}/a/step-0/metrics.jsonl",
+        f"results: logs/results/{SETTING}.csv, logs/results/{SETTING}-agg.csv",
+        f"curves: tensorboard --logdir logs/{SETTING}/a",
+    ):
+        assert f" I {line}" in printed
+    rates = r"[\d.]+ images/s, \d+ % waiting for data, at least \d+ s left\n"
+    told = re.findall(
+        rf"epoch 1/1, iteration (\d)/9: lr [\d.]+, loss [\d.]+ \(ce [\d.]+\), {rates}", printed
+    )
+    assert told == ["3", "6", "9"]
+    assert printed.count(" I next: ") == 1
+
+
+def test_the_next_command_is_one(work, trained, toy):
+    """From the log into a shell; the data lie where quotes are needed."""
+    following = re.search(" I next: (.*)", trained[1])[1]
+    done = subprocess.run(following, shell=True, cwd=work, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "run a: voc 15-5 overlapped, step 1 of 0 to 1, method MIB" in done.stdout
+    report, predict = re.findall(" I next: (.*)", done.stdout)
+    table = subprocess.run(report, shell=True, cwd=work, capture_output=True, text=True)
+    assert "a    MIB" in table.stdout, table.stderr
+    photos = f"{toy}/PascalVOC12/JPEGImages"
+    os.symlink(photos, work / "photos")
+    done = subprocess.run(predict, shell=True, cwd=work, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert len(list((work / "predicted" / "masks").iterdir())) == 47
 
 
 def test_test_prints_exactly_what_training_printed(trained, work, toy, capsys):
@@ -239,6 +315,11 @@ def test_two_processes_under_both_launchers(work, toy, launcher: str):
     done = launch([launcher], work, toy, *argv)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mean IoU with background") == 1
+    assert "[rank" not in done.stdout
+    for line in (" I run a: ", " I data: ", " I epoch 1/1: ", " I metrics: "):
+        assert done.stdout.count(line) == 1
+    file = work / "logs" / SETTING / "a" / "step-1" / "metrics.jsonl"
+    assert len(file.read_text().splitlines()) == 2
     tested = launch([launcher], work, toy, *argv, "--test")
     assert table(tested.stdout) == table(done.stdout)
 
@@ -361,6 +442,8 @@ class TestBadInput:
         line = fails(capsys, toy, "--name", "a", *flags)
         assert re.search(r"'ce' is (nan|inf|-inf) in epoch \d, iteration \d+", line)
         assert checkpoint_file(work, "a", 0).read_bytes() == before
+        metrics = work / "logs" / SETTING / "a" / "step-0" / "metrics.jsonl"
+        assert "test" not in metrics.read_text()  # --restart started over
 
     def test_an_unfinished_step_is_no_start_for_the_next(self, work, toy, capsys):
         path = checkpoint_file(work, "a", 0)

@@ -1,4 +1,4 @@
-"""torch.compile, where the machine can."""
+"""torch.compile, and the plain function where the machine cannot compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One code path for one process and many; the only room that talks to torch.distributed."""
+"""One code path for one process and many.
+
+Only this file and the norms of `modules/`, which synchronise in every pass, use torch.distributed.
+"""
 
 from __future__ import annotations
 

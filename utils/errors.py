@@ -1,9 +1,22 @@
 """The one exception that a user is meant to see, and how texts are shown."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 def printable(text: str) -> str:
-    """Text of a file or a command line, what a terminal would obey written as escapes."""
+    """A text from outside for a terminal: control characters are written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def guess(typed: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` for the known word that a slip in `typed` is nearest to, or nothing.
+
+    Case and leading dashes do not count.
+    """
+    words = {word.lower().lstrip("-"): word for word in known}
+    found = get_close_matches(typed.lower().lstrip("-"), words, n=1)
+    return f" (did you mean {words[found[0]]}?)" if found else ""
 
 
 class UserError(Exception):

@@ -23,7 +23,7 @@ def is_file_name(name: object) -> bool:
 
 
 def check_writable(folder: Path) -> None:
-    """UserError unless files can be made in a folder, or in what exists of the way to it."""
+    """UserError unless files can be made in a folder or, if it is missing, the folder itself."""
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, Literal, NoReturn
 
-from utils.errors import UserError
+from utils.errors import UserError, guess
 
 # What a flag may do when a run goes on after an interruption: have another value without a word
 # (nothing that is computed depends on it), with a warning (from here on something else is
@@ -71,22 +71,51 @@ def add_flags(group: argparse._ArgumentGroup, entries: Sequence[Field[Any]]) -> 
         group.add_argument(f"--{entry.name}", **settings)
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help with every default behind the text of its flag; descriptions stay as they are typed."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        untold = action.required or action.default is argparse.SUPPRESS or "default" in text
+        return text if untold else f"{text} (default: {shown(action.default)})".replace("%", "%%")
+
+
+def shown(default: Any) -> str:
+    """A default as help and docs show it."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, list):
+        return " ".join(map(str, default))
+    return "none" if default is None else str(default)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors (UserError) and one spelling behind `-` and `_`.
 
     Args:
+        prog: what a user types behind `python`, such as `run.py` or `-m dataset.check`.
+        words: what follows it, in the one line of usage.
         synonyms: other spellings of whole flags, spelling -> flag.
     """
 
-    def __init__(self, *, synonyms: dict[str, str] | None = None, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+    def __init__(
+        self, prog: str, *, words: str = "[flags]", synonyms: dict[str, str] | None = None,
+        **settings: Any,
+    ) -> None:  # fmt: skip
+        command = f"python {prog}"
+        super().__init__(
+            command, f"{command} {words}", allow_abbrev=False, formatter_class=Help, **settings
+        )
         self._synonyms = synonyms or {}
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `python {self.prog} --help` lists every flag")
+        raise UserError(f"{message}; `{self.prog} --help` lists every flag")
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        return super().parse_known_args([self._canonical(a) for a in args or ()], namespace)
+        words = [str(word) for word in args or ()]
+        for word in words[: words.index("--") if "--" in words else None]:
+            self._check_flag(word)
+        return super().parse_known_args([self._canonical(word) for word in words], namespace)
 
     def _canonical(self, argument: str) -> str:
         """`--no-pretrained` -> `--no_pretrained`; values stay as they are, behind `=` too."""
@@ -95,6 +124,20 @@ class Parser(argparse.ArgumentParser):
         name, equals, value = argument.partition("=")
         name = name.replace("-", "_").replace("__", "--", 1)
         return self._synonyms.get(name, name) + equals + value
+
+    def _check_flag(self, word: str) -> None:
+        """Error for what looks like a flag and is none, before other flags are missed for it."""
+        name = self._canonical(word).partition("=")[0]
+        known = self._option_string_actions
+        if name in known or " " in word or not word.lstrip("-")[:1].isalpha() or word[0] != "-":
+            return
+        self.error(f"unknown flag {word.partition('=')[0]}{guess(name, known)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            text = f"{str(value)!r} is none of {', '.join(known)}{guess(str(value), known)}"
+            raise argparse.ArgumentError(action, text)
 
 
 class Switch(argparse.Action):
@@ -145,8 +188,13 @@ def several(known: Collection[str], upper: bool = False) -> Callable[[str], Any]
 
     def convert(text: str) -> str:
         words = (text.upper() if upper else text.lower()).split(",")
-        if len(set(words)) < len(words) or not set(words) <= set(known):
-            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(known)}")
+        for word, typed in zip(words, text.split(","), strict=True):
+            if word not in known:
+                raise argparse.ArgumentTypeError(
+                    f"{typed!r} is none of {', '.join(known)}{guess(word, known)}"
+                )
+        if len(set(words)) < len(words):
+            raise argparse.ArgumentTypeError(f"{text!r} names one of them twice")
         return ",".join(words)
 
     return convert

@@ -1,4 +1,4 @@
-"""What a launcher (torchrun) tells its processes, and its end. Imports no torch."""
+"""The environment that a launcher (torchrun) sets, and ending with it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def end_with_launcher() -> None:
 
 
 def _is_orphan() -> bool:
-    """Whether torchrun died before this process could look: process 1 adopted it, no launcher."""
+    """Whether torchrun died before `_watch` began: the parent is process 1, and no launcher."""
     if os.getppid() != 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
         return False
     try:

@@ -36,10 +36,10 @@ USUAL = "DejaVu Sans"  # comes with matplotlib
 # Up to PI the colours of Okabe & Ito (2008), which colour-blind people tell apart, yellow darker.
 METHOD_COLORS = {
     "MIB": "#0072b2", "FT": "#000000", "LWF": "#d55e00", "LWF-MC": "#e69f00", "ILT": "#009e73",
-    "EWC": "#cc79a7", "RW": "#56b4e9", "PI": "#b5a800", "PLOP": "#7b3294", "EWF": "#8c510a",
-    "LGKD": "#c51b1b",
+    "EWC": "#cc79a7", "RW": "#56b4e9", "PI": "#b5a800", "PLOP": "#7b3294", "MIB+EWF": "#8c510a",
+    "PLOP+EWF": "#b58fd0", "PLOP+LGKD": "#c51b1b", "none": "#7f7f7f",
 }  # fmt: skip
-OTHER_COLORS = ("#7f7f7f", "#1b7837", "#40004b", "#5ab4ac", "#bf812d", "#e7298a")
+OTHER_COLORS = ("#1b7837", "#40004b", "#5ab4ac", "#bf812d", "#e7298a")
 DASHES, MARKERS = ("-", "--", ":", "-."), "os^Dv"  # runs of one colour differ in these
 
 # Kinds of files for charts -> the field to leave out, or else equal charts give different files.
@@ -183,21 +183,24 @@ def confusion_figure(
     return np.array(Image.open(buffer).convert("RGB"))
 
 
+def chart_kind(path: Path) -> str:
+    """The kind of file that a chart's name asks for, such as .pdf. Raises UserError for others."""
+    kind = path.suffix.lower()
+    if kind not in UNDATED:
+        raise UserError(f"cannot draw {path}: its name must end in {', '.join(UNDATED)}")
+    return kind
+
+
 def save_charts(path: Path, charts: Mapping[str, Sequence[Curves]], ylabel: str) -> None:
     """Write rows of charts as what the suffix of `path` says: .png, .pdf or .svg.
 
     Equal curves give equal files. A method has one colour everywhere; several runs of a method
     differ in dashes and markers. Standard deviations are drawn as error bars.
 
-    Args:
-        charts: title of a row -> its runs, all with the same charts. ylabel: what is drawn.
-
-    Raises:
-        UserError: another suffix, or a disk that does not take the file.
+    `charts`: title of a row -> its runs, all with the same charts; `ylabel`: what is drawn.
+    Raises UserError for another suffix, or a disk that does not take the file.
     """
-    kind = path.suffix.lower()
-    if kind not in UNDATED:
-        raise UserError(f"cannot draw {path}: its name must end in {', '.join(UNDATED)}")
+    kind = chart_kind(path)
     figure = _charts(charts, ylabel)
     # Ids in an SVG are random without a salt; fonts of type 42 keep the text of a PDF searchable.
     settings = {"svg.hashsalt": "charts", "pdf.fonttype": 42}
@@ -278,7 +281,7 @@ def _styles(runs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, 
     styles = {}
     drawn: Counter[str] = Counter()
     for label, method in runs:
-        color = METHOD_COLORS.get(method) or OTHER_COLORS[zlib.crc32(method.encode()) % 6]
+        color = METHOD_COLORS.get(method) or OTHER_COLORS[zlib.crc32(method.encode()) % 5]
         dashes, marker = DASHES[drawn[color] % 4], MARKERS[drawn[color] % 5]
         styles[label, method] = {"color": color, "linestyle": dashes, "marker": marker}
         drawn[color] += 1
@@ -340,7 +343,7 @@ def _class_legend(
 def _legend(
     figure: Figure, handles: Sequence[Any], names: Sequence[str], columns: int, **style: Any
 ) -> Any:
-    """A legend with the very names, where matplotlib may hide `_name` and take `$` for formulas."""
+    """A legend of names as they are: matplotlib would hide `_name` and take `$` for formulas."""
     columns = max(1, min(columns, len(names)))
     legend = figure.legend(handles, ["x"] * len(names), ncols=columns, frameon=False, **style)
     for text, name in zip(legend.get_texts(), names, strict=True):

@@ -15,7 +15,7 @@ from utils.errors import UserError, printable
 from utils.files import atomic_write
 
 NO_GROUND_TRUTH = "X"
-LISTS = ("train_list", "val_list")
+LENGTHS = ("train_list", "val_list")
 KINDS = ("protocol", "split")
 
 
@@ -39,15 +39,10 @@ def result_files(logdir: Path, setting: str) -> tuple[Path, Path]:
 
 
 def write_results(
-    logdir: Path,
-    setting: str,
-    key: ResultKey,
-    iou: Sequence[float],
-    means: Mapping[str, float],
-    class_names: Sequence[str],
-    list_lengths: tuple[int, int] | None = None,
+    logdir: Path, setting: str, key: ResultKey, iou: Sequence[float], means: Mapping[str, float],
+    class_names: Sequence[str], list_lengths: tuple[int, int] | None = None,
     kinds: Mapping[str, str] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Adds a tested step to both files, or replaces its row.
 
     Args:
@@ -55,7 +50,7 @@ def write_results(
         means: the single numbers, by column.
         class_names: all classes of the task in head order, background first. Each gets a column
             `<index>:<name>`, empty where the step does not know the class yet.
-        list_lengths: of the data set's train and val list, in columns LISTS of the per-class file:
+        list_lengths: of the data set's train and val list, columns LENGTHS of the per-class file:
             they tell the real data from a toy set in its layout.
         kinds: of the numbers, by the names in KINDS, in columns of both files: how they were
             measured, and how training images were chosen. Of rows without them nothing is known.
@@ -66,7 +61,7 @@ def write_results(
     per_class, mean_file = result_files(logdir, setting)
     columns = [f"{index}:{printable(name)}" for index, name in enumerate(class_names)]
     unseen = [""] * (len(columns) - len(iou))
-    row = dict(zip(LISTS, map(str, list_lengths or ()), strict=False)) | dict(kinds or {})
+    row = dict(zip(LENGTHS, map(str, list_lengths or ()), strict=False)) | dict(kinds or {})
     row["mean_iou"] = _text(means["with_background"])
     row |= dict(zip(columns, [_text(value) for value in iou] + unseen, strict=True))
     _put(per_class, key, row)

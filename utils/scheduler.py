@@ -15,14 +15,9 @@ def poly(optimizer: Optimizer, max_iters: int, power: float = 0.9) -> LRSchedule
 
 
 def make_scheduler(
-    optimizer: Optimizer,
-    policy: str,
-    max_iters: int,
-    *,
-    power: float,
-    decay_step: int,
+    optimizer: Optimizer, policy: str, max_iters: int, *, power: float, decay_step: int,
     decay_factor: float,
-) -> LRScheduler:
+) -> LRScheduler:  # fmt: skip
     """`poly`, or `step`: lr multiplied by `decay_factor` every `decay_step` iterations."""
     if policy == "poly":
         return poly(optimizer, max_iters, power)

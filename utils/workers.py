@@ -1,4 +1,4 @@
-"""Data workers: processes that a server without threads forks, and that only their parent stops."""
+"""Data workers: forked by a server process that has no threads, stopped by their parent alone."""
 
 import multiprocessing
 import os
@@ -20,9 +20,7 @@ from utils.signals import STOPPING
 
 @cache
 def context(needed: type) -> BaseContext:
-    """What starts workers: a fork server that has imported the module of the class `needed`.
-
-    It runs from here on.
+    """Start a fork server that imports the module of the class `needed`; workers come from it.
 
     A fork of the run itself copies locks that its threads may hold (those of gloo, autograd and
     TensorBoard). Before Python 3.12 the worker then sometimes hangs, and the run with it.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -157,10 +159,64 @@ def test_a_fresh_process_measures_time_and_memory():
     assert sample.seconds > 0
 
 
+def test_fresh_processes_have_imported_torch_already():
+    assert harness.alone(builtins.eval, "'torch' in __import__('sys').modules")
+
+
+def with_holes() -> Callable[[], None]:
+    """A call that needs 6 MiB at a time and would leave a heap of 40 MiB behind."""
+    torch.ones(2**22)  # freed: from here on glibc would take what is smaller from its heap
+
+    def call() -> None:
+        kept = []
+        for i in range(8):
+            block = torch.ones(2**20 + i * 2**16)
+            kept.append(torch.ones(2**14))  # lies behind the block
+            del block
+
+    return call
+
+
+def test_memory_is_what_a_call_needs_and_not_what_the_allocator_keeps():
+    assert harness.in_fresh_process(with_holes, 1, "cpu").peak < 20
+
+
+def test_both_sides_of_step_get_the_settings_of_cudnn_they_run_with(monkeypatch):
+    flags = ("--task", "15-5", *TOY_NETWORK)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for side in (partial(step.plain, flags, "cpu"), partial(step.ours, "off", flags, "cpu")):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        side()
+        assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def for_a_gpu(out, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(out)]
+    settings = os.environ | {"TOY": "1", "PYTHON": sys.executable} | environment
+    return subprocess.run(command, env=settings, capture_output=True, text=True)
+
+
+def test_for_a_gpu_says_in_a_line_what_is_missing(tmp_path):
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    done = for_a_gpu(tmp_path / "out", PYTHON=str(bare))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {bare} lacks torch torchvision numpy")
+    assert len(done.stderr.splitlines()) == 1
+    assert "/none does not run" in for_a_gpu(tmp_path / "out", PYTHON="/none").stderr
+
+
+def test_for_a_gpu_begins_nothing_for_which_no_time_is_left(tmp_path):
+    done = for_a_gpu(tmp_path / "out", BUDGET="9")
+    assert done.returncode == 1
+    assert done.stdout.startswith("failed or out of time: step-100-50 loss ")
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
 def test_everything_for_a_gpu_runs_at_toy_size(tmp_path):
-    environment = os.environ | {"TOY": "1", "PYTHON": sys.executable}
-    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = for_a_gpu(tmp_path / "out", BUDGET="3000")
     assert done.returncode == 0, done.stdout
     written = {path.stem for path in (tmp_path / "out").glob("*.json")}
     steps = {f"step-{s}" for s in ("100-50", "15-5", "100-50-others", "100-50-compile")}

@@ -71,6 +71,22 @@ def test_an_iteration_waits_for_nothing_and_says_where_its_launches_are():
     assert alone.total() < ledger.total()
 
 
+@pytest.mark.parametrize(
+    ("method", "world", "most"),
+    [
+        ("MIB", 1, {"teacher": 103, "student": 151, "backward": 186, "optimizer": 6, "rest": 7}),
+        ("MIB", 8, {"teacher": 103, "student": 174, "backward": 263, "optimizer": 6, "rest": 7}),
+        ("RW", 1, {"student": 151, "backward": 186, "regulariser": 17, "optimizer": 6, "rest": 6}),
+    ],
+)
+def test_no_phase_needs_more_launches_than_it_did(method, world, most):
+    """A norm is 1 launch in the teacher, 3 in the student and 4 over ranks; lists share theirs."""
+    counts = count((*TOY, "--method", method), world=world).counts
+    found = {phase: row["launches"] for phase, row in counts.items() if phase != "loss"}
+    assert found.keys() == most.keys()
+    assert {phase: n for phase, n in found.items() if n > most[phase]} == {}
+
+
 def test_ranks_add_a_collective_for_each_norm_and_direction():
     ledger = count((*TOY, "--method", "FT"), world=8)
     model = new_model(context_of(("--norm_act", "iabn_sync", *TOY), "cpu"), [16, 5])

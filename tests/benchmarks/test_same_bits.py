@@ -12,7 +12,7 @@ from benchmarks.same_runs import cached, copy_images
 from benchmarks.same_values import (
     Comparisons,
     compare_checkpoints,
-    compare_files,
+    compare_results,
     differences,
     predictions,
     tables,
@@ -31,6 +31,7 @@ WEIGHTS = {"a": torch.arange(3.0), "b": [torch.tensor(True), 2, None], "c": {}}
         (WEIGHTS | {"a": torch.arange(3.0)[None]}, "is torch.float32 (1, 3)"),
         (WEIGHTS | {"b": [torch.tensor(False), 2, None]}, "b.0 differs"),
         (WEIGHTS | {"b": [torch.tensor(True), 2.0, None]}, "b.1 was 2, is 2.0"),
+        (WEIGHTS | {"a": torch.tensor([0.0, 1.0, 2.5])}, "0.5, 0.2 of its largest value"),
         (WEIGHTS | {"b": (torch.tensor(True), 2, None)}, "type of b"),
         (WEIGHTS | {"c": {"d": 1}}, "c.d is new"),
         ({"a": WEIGHTS["a"], "b": WEIGHTS["b"]}, "type of c is missing"),
@@ -40,6 +41,13 @@ def test_one_difference_is_one_line(new: dict, words: str):
     assert differences(WEIGHTS, {**WEIGHTS}) == []
     (line,) = differences(WEIGHTS, new)
     assert words in line
+
+
+def test_the_largest_difference_comes_first():
+    old = {"small": 1.0, "large": torch.tensor([4.0]), "gone": 1}
+    lines = differences(old, {"small": 1.001, "large": torch.tensor([5.0])})
+    assert [line.split()[0] for line in lines] == ["gone", "large", "small"]
+    assert "by up to 0.001, 0.001 of" in lines[2]
 
 
 def test_nothing_is_not_the_same_as_nothing():
@@ -68,7 +76,7 @@ def write_checkpoint(path: Path, options: dict, **fields) -> Path:
         ({"regularizer": {"f": torch.ones(1)}}, {"lr": 1}, "regulariser"),
         ({"random_state": torch.ones(4, dtype=torch.uint8)}, {"lr": 1}, "random state"),
         ({"epoch": 2}, {"lr": 1}, "numbers and names"),
-        ({"more": 2}, {"lr": 1}, "numbers and names"),
+        ({"more": 2}, {"lr": 1}, None),
         ({}, {"lr": 2}, "options"),
         ({}, {}, "options"),
     ],
@@ -91,16 +99,30 @@ def test_a_checkpoint_that_was_not_written_differs(tmp_path):
     assert (results.count, results.differ) == (1, 1)
 
 
-def test_files_are_compared_by_their_bytes(tmp_path):
-    for side, text in (("old", "1"), ("same", "1"), ("other", "2"), ("empty", "")):
-        (tmp_path / side).mkdir()
-        (tmp_path / side / ("x.csv" if text else "y.csv")).write_text(text)
-    for side, differ in (("same", 0), ("other", 1), ("empty", 1)):
-        results = Comparisons()
-        compare_files(results, side, tmp_path / "old", tmp_path / side, "*.csv")
-        assert results.differ == differ
-    compare_files(results, "no file", tmp_path / "old", tmp_path / "same", "*.npy")
-    assert results.differ == 2
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name,step,iou\na,0,0.5\na,1,X\n", ""),
+        ("name,step,protocol,iou\na,0,mib,0.50\na,1,mib,X\n", ""),
+        ("name,step,iou\na,0,0.25\na,1,X\n", "0.iou differs by up to 0.25"),
+        ("name,step,iou\na,0,0.5\na,1,0.5\n", "1.iou was 'X'"),
+        ("name,step,iou\na,0,0.5\n", "row 1.iou is missing"),
+        ("name,step\na,0\na,1\n", "0.iou is missing"),
+        (None, "row 0.iou is missing"),
+    ],
+)
+def test_result_files_are_compared_by_the_columns_of_the_old(tmp_path, capsys, text, words):
+    for side, rows in (("old", "name,step,iou\na,0,0.5\na,1,X\n"), ("new", text)):
+        (tmp_path / side / "logs/results").mkdir(parents=True)
+        if rows is not None:
+            (tmp_path / side / "logs/results/x.csv").write_text(rows)
+    results = Comparisons()
+    compare_results(results, "run", tmp_path / "old", tmp_path / "new")
+    assert results.differ == bool(words)
+    assert words in capsys.readouterr().out
+    if text is None:
+        compare_results(results, "run", tmp_path / "new", tmp_path / "new")
+        assert results.differ == 2
 
 
 def test_tables_are_what_is_printed_between_log_lines():

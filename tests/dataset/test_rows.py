@@ -94,6 +94,38 @@ def test_every_id_is_read_as_its_class(name, tmp_path):
     assert read == list(MEANT[name].values())
 
 
+def test_pixel_maps_of_coco_hold_ids_less_one_and_255_for_unlabelled(tmp_path):
+    """As COCO-Stuff's README says of stuffthingmaps: 0 to 181, and 255 is unlabelled, not 0 or 183.
+
+    The 80 things have the category ids of instances_*2017.json, which leave out eleven.
+    """
+    spec, path = DATASETS["coco"], tmp_path / "map.png"
+    values = np.array([[*range(182), 255]], np.uint8)
+    image = Image.fromarray(values)
+    image.putpalette(bytes(range(256)) * 3)  # indexed images, as that README has it
+    image.save(path)
+    labels = np.asarray(spec.read_mask(str(path)))[0]
+    kept = [*range(1, 12), *range(13, 26), 27, 28, *range(31, 45), *range(46, 66), 67, 70,
+            *range(72, 83), *range(84, 91)]  # fmt: skip
+    assert labels[np.array(kept) - 1].tolist() == list(range(1, 81))
+    others = np.setdiff1d(np.arange(182), np.array(kept) - 1)
+    assert set(labels[others]) == {0}
+    assert labels[-1] == 255
+    grey(tmp_path / "x.jpg", path, 182)
+    with pytest.raises(UserError, match="holds the id 182"):
+        spec.read_mask(str(path))
+
+
+def test_label_ids_of_cityscapes_become_train_ids_in_order(tmp_path):
+    """Of ids 0 to 33, the 19 that the benchmark scores are classes 1 to 19: train id + 1."""
+    spec, path = DATASETS["cityscapes"], tmp_path / "labelIds.png"
+    Image.fromarray(np.arange(34, dtype=np.uint8)[None]).save(path)
+    labels = np.asarray(spec.read_mask(str(path)))[0]
+    scored = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
+    assert labels[scored].tolist() == list(range(1, 20))
+    assert set(np.delete(labels, scored)) == {255}
+
+
 @pytest.mark.parametrize("name", MAKE)
 def test_what_is_ignored_trains_as_background_and_is_not_scored(name, tmp_path):
     """The same as for VOC's void and ADE's label 0; only COCO has a background to score."""

@@ -281,7 +281,7 @@ def test_lists_that_an_earlier_version_computed_are_not_used(voc, tmp_path, capl
     record.write_text('{"data": "0123456789abcdef", "sha256": {\n  "train-0.npy": "…"}}')
     with caplog.at_level(logging.INFO):
         assert indices(voc, tmp_path, 0) == [0, 1, 4]
-    (said,) = caplog.messages
+    said, _ = caplog.messages  # then the scan is announced
     assert f"{path} of an earlier version is computed again; delete {record} to use it" in said
     assert np.load(path).tolist() == [2]
     assert indices(voc, tmp_path, 1) == [3, 0]
@@ -388,8 +388,7 @@ def test_command_counts_and_stores_every_step_where_told_to(voc, tmp_path):
     result = command(tmp_path, *task)
     assert result.returncode == 0
     assert result.stdout.splitlines() == counts
-    assert "classes in voc masks: 100%" in result.stderr
-    assert "Warning" not in result.stderr
+    assert result.stderr == ""  # the bar of the scan is for terminals
     assert not list(tmp_path.rglob("*.npy"))
 
     result = command(tmp_path, *task, "--out", "lists")

@@ -177,5 +177,19 @@ def test_repeated_problems_are_counted(own, capsys):
         "135"
     )
     assert lines.count("problem: and 17 more of this kind") == 2
-    assert [line.split()[-1] for line in lines if "no image" in line] == ["'d1'", "'d2'", "'d3'",
-                                                                          "'d4'"]  # fmt: skip
+    missing = [line.split("'")[1] for line in lines if "no image" in line]
+    assert missing == ["d1", "d2", "d3", "d4"]
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_problems_of_many_numbers_are_counted_too(own, table, capsys):
+    """A hundred masks with a hundred ids that nobody named fill no more than a screen."""
+    for i in range(100):
+        write_pair(own / f"images/x{i}.jpg", own / f"masks/x{i}.png", mask_of(i % 2, 100 + i))
+    (own / "train.txt").write_text("".join(f"x{i}\n" for i in range(100)) + "b\n")
+    describe(own, labels={str(i): name for i, name in enumerate(CLASSES)} if table else None)
+    assert main([str(own)]) == 1
+    out = capsys.readouterr().out
+    assert sum("holds" in line for line in out.splitlines()) == 10
+    assert "problem: and 90 more like these, of other numbers\n" in out
+    assert "\n102 problems\n" in out  # and two classes that no mask holds

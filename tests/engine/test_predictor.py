@@ -12,9 +12,9 @@ from PIL import Image
 
 from dataset.transform import EvalTransform
 from dataset.voc import VOC
-from engine import predictor as room
 from engine.plans import parse
-from engine.predictor import Predictor, load_predictor, network_size
+from engine.predictor import Layout, Predictor, Segmented, View, load_predictor, network_size
+from methods.windows import windows_along
 from tests.checkpoints import FLAGS, SEEN, picture, write_checkpoint
 from utils.errors import UserError
 
@@ -116,7 +116,13 @@ def test_what_is_no_image_is_named(predictor, image, words):
 
 @pytest.mark.parametrize(
     ("view", "words"),
-    [({"size": -1}, "size -1"), ({"scales": (0.0,)}, "scales"), ({"scales": ()}, "scales")],
+    [
+        ({"size": -1}, "size -1"),
+        ({"window": 31}, "window 31: give at least 32 pixels, 0 for none"),
+        ({"window": -1}, "window -1"),
+        ({"scales": (0.0,)}, "scales"),
+        ({"scales": ()}, "scales"),
+    ],
 )
 def test_views_out_of_range_are_named(predictor, view, words):
     with pytest.raises(UserError, match=words):
@@ -155,16 +161,85 @@ def test_the_network_sees_the_size_of_the_evaluation():
     assert network_size(5000, 2, 64) == (256, 1)  # not 160,000 wide
 
 
-def test_the_size_is_that_of_the_test_unless_told(ckpt, tmp_path, monkeypatch):
-    seen = []
-
-    def spy(width: int, height: int, shorter: int) -> tuple[int, int]:
-        seen.append(shorter)
-        return network_size(width, height, shorter)
-
-    monkeypatch.setattr(room, "network_size", spy)
+def test_the_size_is_that_of_the_test_unless_told(predictor, tmp_path):
+    assert predictor.layout(80, 64).size == (80, 64)
+    assert predictor.layout(100, 80).size == (80, 64)
+    assert predictor.layout(100, 80, View(size=32)).size == (40, 32)
+    assert predictor.layout(100, 80, View(size=0)).size == (100, 80)
     options = {**parse(FLAGS)[0].opts.record(), "step": 1, "crop_val": False}
-    whole = write_checkpoint(tmp_path / "whole.pth", options=options)
-    for path, view in ((ckpt, {}), (ckpt, {"size": 32}), (ckpt, {"size": 0}), (whole, {})):
-        assert load_predictor(path, "cpu")(picture(80, 64), **view).shape == (64, 80)
-    assert seen == [64, 32, 0, 0]
+    whole = load_predictor(write_checkpoint(tmp_path / "whole.pth", options=options), "cpu")
+    assert whole.layout(100, 80).size == (100, 80)
+
+
+# --- large images; the crop is 64 ---
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "view", "expected"),
+    [
+        (300, 128, View(), ((150, 64), 0)),  # not more than twice 64
+        (300, 129, View(), ((300, 129), 64)),
+        (300, 129, View(window=0), ((148, 64), 0)),
+        (300, 129, View(size=100), ((232, 100), 0)),
+        (300, 200, View(size=129), ((193, 129), 64)),  # what the network sees is what counts
+        (80, 60, View(size=129), ((172, 129), 64)),
+        (300, 129, View(size=0), ((300, 129), 64)),
+        (300, 129, View(size=0, window=0), ((300, 129), 0)),
+        (300, 129, View(window=299), ((300, 129), 299)),
+        (300, 129, View(window=300), ((148, 64), 0)),  # the image is a window: as without
+        (80, 60, View(window=64), ((80, 60), 64)),
+        (300, 200, View(size=100, window=64), ((150, 100), 64)),
+        (300, 200, View(size=100, window=150), ((150, 100), 0)),
+    ],
+)
+def test_how_an_image_is_shown(predictor, width, height, view, expected):
+    assert tuple(predictor.layout(width, height, view)) == expected
+
+
+def in_windows(predictor: Predictor, pixels: np.ndarray, window: int, **view) -> Segmented:
+    """An image that is seen in windows at its own size, even if it is one window."""
+    height, width = pixels.shape[:2]
+    layout = Layout((width, height), window)
+    return predictor._in_windows(pixels, layout, View(**view), scores=True)
+
+
+@pytest.mark.parametrize("view", [{}, {"flip": True}, {"scales": (0.75, 1)}])
+def test_a_window_over_the_whole_image_is_the_plain_result(predictor, view):
+    pixels = np.array(picture(90, 70))
+    with torch.inference_mode():
+        found = in_windows(predictor, pixels, 128, **view)
+    view |= {"size": 0, "window": 0}
+    assert (found.labels == predictor(pixels, **view)).mean() > 0.999
+    plain = predictor.probabilities(pixels, **view)
+    np.testing.assert_allclose(found.probabilities, plain, atol=1e-3)
+
+
+def test_large_images_are_seen_in_windows_of_the_crop(predictor):
+    """The middle of a window that lies alone there is what the network says of it alone."""
+    image = picture(180, 140)
+    labels, probabilities = predictor(image), predictor.probabilities(image)
+    assert np.array_equal(labels, predictor(image, window=64, size=0))
+    assert not np.array_equal(labels, predictor(image, window=0))
+    alone = predictor.probabilities(image.crop((0, 0, 64, 64)), size=0)
+    across = windows_along(180, 64).starts[1], windows_along(140, 64).starts[1]
+    corner = np.s_[:, : across[1], : across[0]]
+    np.testing.assert_allclose(probabilities[corner], alone[corner], atol=1e-3)
+    told = np.array(predictor.labels)[probabilities.argmax(0)]
+    assert (told == labels).mean() > 0.99
+
+
+@pytest.mark.parametrize("view", [{"flip": True}, {"scales": (0.5, 1)}, {"size": 130}])
+def test_windows_are_looked_at_in_every_way(predictor, view):
+    image = picture(200, 150)
+    labels = predictor(image, window=64, **view)
+    assert labels.shape == (150, 200)
+    assert not np.array_equal(labels, predictor(image, window=64))
+    if "flip" in view:
+        mirrored = predictor(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), window=64, flip=True)
+        assert (mirrored[:, ::-1] == labels).mean() > 0.995
+
+
+def test_batches_of_windows_change_nothing(predictor):
+    pixels = np.array(picture(200, 150))
+    one, many = (next(predictor.segment([pixels], View(batch=n))).labels for n in (1, 100))
+    assert (one == many).mean() > 0.999

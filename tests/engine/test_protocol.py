@@ -11,7 +11,7 @@ import torch
 from engine.build import build_data
 from engine.context import Context
 from engine.plans import parse
-from metrics import StreamSegMetrics
+from metrics.stream_metrics import StreamSegMetrics
 from tests.trees import make_ade, make_voc, mask_of
 
 

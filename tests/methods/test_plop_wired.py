@@ -12,17 +12,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.plans import parse
-from methods import pseudo_labels
 from methods.features import label_guided_distillation
 from methods.fusion import fusion_rate
-from methods.groups import LocalPod
 from methods.objective import make_objective
 from methods.start import finish_student, start_student
 from methods.table import METHODS
-from segmentation_module import load_state
+from segmentation_module import Output, load_state
 from tests.conftest import GOLDEN2
+from tests.methods.test_pieces import LargestTensor
 from tests.methods.test_plop import NEW, OLD, TRAJECTORIES, build, scaled_teacher
 from tests.reference import batch
 from train import Learner
@@ -131,15 +132,35 @@ def test_a_validation_is_plain():
     torch.testing.assert_close(*values, rtol=1e-12, atol=0)
 
 
-def test_maps_of_the_teacher_are_pooled_at_once(monkeypatch):
+class Made(TorchDispatchMode):
+    """Float maps B D h w that operations returned, as long as somebody holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps: list[tuple[StorageWeakRef, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dim() == 4 and result.is_floating_point():
+            self.maps.append((StorageWeakRef(result.untyped_storage()), tuple(result.shape)))
+        return result
+
+    def alive(self) -> list[tuple[int, ...]]:
+        return [shape for storage, shape in self.maps if not storage.expired()]
+
+
+def test_nothing_of_the_teacher_s_maps_is_left_when_the_student_runs():
+    """What POD keeps of them are pooled vectors."""
     wired = wire("abn", 30.0)
-    (group,) = (g for g in wired.objective.groups if isinstance(g, LocalPod))
-    kept = []
-    remember = group.remember
-    monkeypatch.setattr(group, "remember", lambda *a: kept.append(remember(*a)) or kept[-1])
-    images, labels = batch(100, LABELS)
-    wired.objective(images.double(), labels.byte())
-    assert [vector.dim() for vector in kept[0]] == [2] * 6
+    images = batch(100, LABELS)[0].double()
+    left: list[list[tuple[int, ...]]] = []
+    with Made() as made:
+        wired.student.register_forward_pre_hook(lambda *_: left.append(made.alive()))
+        wired.teacher.register_forward_hook(lambda *_: left.append(made.alive()))
+        wired.objective(images, batch(100, LABELS)[1].byte())
+    held, later = left
+    assert {(2, 64, 16, 16), (2, 256, 4, 4), (2, OLD, 4, 4)} <= set(held)
+    assert later == []
 
 
 def test_pseudo_labels_with_a_distilling_loss_keep_the_logits():
@@ -149,7 +170,7 @@ def test_pseudo_labels_with_a_distilling_loss_keep_the_logits():
     assert list(terms) == ["unce", "unkd"]
 
 
-def test_what_was_learned_comes_back(monkeypatch):
+def test_what_was_learned_comes_back():
     wired = wire("abn", 30.0)
     again = make_objective(wired.method, wired.student, wired.teacher, [OLD, NEW], wired.precision)
     assert again.needs_survey
@@ -169,16 +190,29 @@ def test_the_floor_is_the_flags():
     assert 0.5 in limits
 
 
-def test_a_batch_of_full_size_logits_never_exists(monkeypatch):
-    """Only pieces do: pseudo-labels ask for one image at a time, at most."""
-    seen = []
-    plain = pseudo_labels.interpolate
-    monkeypatch.setattr(
-        pseudo_labels, "interpolate", lambda *a: seen.append(plain(*a).shape) or plain(*a)
-    )
-    wire("abn", 30.0)
-    assert seen
-    assert all(shape[2] == 1 for shape in seen)
+class Thin(torch.nn.Module):
+    """Logits at a sixteenth of the images' size, of all classes a multiple of their mean."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, classes))
+
+    def forward(self, images, maps=()):
+        small = torch.nn.functional.avg_pool2d(images, 16).mean(1, keepdim=True)
+        return Output(self.weight.view(1, -1, 1, 1) * small, {})
+
+
+def test_a_batch_of_logits_at_image_size_never_exists():
+    """Neither in the pass before the first epoch nor in an iteration: one image is the most."""
+    method = replace(METHODS["PLOP"], pod=0, pod_logits=0, cases=())
+    student, teacher = Thin(OLD + NEW), Thin(OLD).requires_grad_(False)
+    objective = make_objective(method, student, teacher, [OLD, NEW], Precision(torch.device("cpu")))
+    images, labels = torch.rand(8, 3, 64, 64), torch.zeros(8, 64, 64, dtype=torch.uint8)
+    with LargestTensor() as largest:
+        objective.learn(objective.survey(images, labels))
+        objective(images, labels).total.backward()
+    assert student.weight.grad.any()
+    assert largest.elements == (OLD + NEW) * 64 * 64
 
 
 # ------------------------------------------------------------------------------------ EWF

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import StreamSegMetrics, score_rows, to_table
+from metrics.stream_metrics import StreamSegMetrics, score_rows, to_table
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "metrics.npz")
 

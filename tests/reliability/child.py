@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import dataset.incremental
 import engine.fit
+import engine.journal
 import engine.outcome
 import engine.session
 import methods.objective
@@ -158,8 +159,13 @@ def arm(fault: Fault) -> None:
         in_write(utils.checkpoint, fault)
     elif place == "results":
         in_write(utils.results, fault)
-    elif place == "rename":
-        utils.files._sync_folder = before(utils.files._sync_folder, fault)
+    elif place == "journal":
+        in_write(engine.journal, fault)
+    elif place == "rename":  # of a checkpoint
+        plain, struck = utils.files._sync_folder, before(utils.files._sync_folder, fault)
+        utils.files._sync_folder = lambda folder: (
+            struck if "checkpoints" in folder.parts else plain
+        )(folder)
     else:
         raise ValueError(place)
 
@@ -177,7 +183,7 @@ def record_confusion(path: str) -> None:
 
 def main(faults: Sequence[Fault], argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
-    # A background job of a shell without job control is born deaf to Ctrl-C; these tests are not.
+    # A shell without job control starts background jobs that ignore Ctrl-C, which the tests send.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     shrink()
     for fault in faults:

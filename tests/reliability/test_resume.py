@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,11 +45,13 @@ def kill(place: str, count: int, **more: int) -> Fault:
 # evaluation batches in the first process.
 KILLS = [
     kill("iteration", 3),  # before the first checkpoint
+    kill("journal", 2, bytes=40),  # in the first epoch's line of metrics.jsonl
     kill("checkpoint", 1, bytes=20_000),  # in the middle of the first checkpoint
     kill("evaluation", 2),  # in the first validation
     kill("iteration", 10),  # in the middle of the second epoch
     kill("checkpoint", 1, bytes=0),  # at the first byte of the second checkpoint
     kill("rename", 1),  # the second checkpoint just took its place
+    kill("journal", 1, bytes=40),  # while its lines are written again, on going on
     kill("evaluation", 6),  # in the final test
     kill("results", 2, bytes=10),  # one result file is there, the other half written
 ]
@@ -77,6 +83,32 @@ def check_same(folder: Path, reference: Path) -> None:
     assert rows(folder) == rows(reference)
 
 
+def check_journal(folder: Path, reference: Path) -> None:
+    """metrics.jsonl has each epoch and the test once, with the numbers of a run never stopped."""
+    expected, found = journal(reference), journal(folder)
+    assert list(expected) == [*range(1, EPOCHS + 1), "test"]
+    assert list(found) == list(expected)
+    for key, line in expected.items():
+        assert found[key] == pytest.approx(line, rel=1e-12, nan_ok=True), key
+
+
+def journal(folder: Path) -> dict[int | str, dict[str, float]]:
+    """The lines of metrics.jsonl by epoch, flat, without what the clock said."""
+
+    def flat(line: dict[str, Any], name: str = "") -> Iterator[tuple[str, float]]:
+        for key, value in line.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{name}{key}/")
+            elif key not in ("seconds", "images_per_second", "waiting"):
+                yield f"{name}{key}", math.nan if value is None else value
+
+    file = folder / "logs" / SETTING / "r" / "step-1" / "metrics.jsonl"
+    lines = [dict(flat(json.loads(text))) for text in file.read_text().splitlines()]
+    keys = [line.get("epoch", "test") for line in lines]
+    assert len(set(keys)) == len(keys), keys
+    return dict(zip(keys, lines, strict=True))
+
+
 def check_curves(folder: Path, reference: Path) -> None:
     """No point is missing and none is there twice; every stop may add one of its own."""
     assert set(points(folder)) >= set(points(reference))
@@ -86,7 +118,7 @@ def check_curves(folder: Path, reference: Path) -> None:
 def points(folder: Path) -> Counter[tuple[str, int]]:
     """How often TensorBoard shows each point (tag, iteration) of training and validation."""
     logs = EventAccumulator(str(folder / "logs" / SETTING / "r" / "step-1")).Reload()
-    tags = [tag for tag in logs.Tags()["scalars"] if not tag.startswith("test/")]
+    tags = [tag for tag in logs.Tags()["scalars"] if not tag.startswith("test")]
     return Counter((tag, point.step) for tag in tags for point in logs.Scalars(tag))
 
 
@@ -104,7 +136,7 @@ def test_killed_everywhere(fresh, toy, method, world):
     assert learn(reference, toy, method, world).wait().status == [0] * world
     for life, fault in enumerate(LATER_KILLS if method == "PLOP+EWF" else KILLS):
         # With several processes now one, now the other is hit; writes happen in the first.
-        writes = fault["at"] in ("save", "checkpoint", "rename", "results")
+        writes = fault["at"] in ("save", "checkpoint", "rename", "results", "journal")
         fault = fault if writes or world == 1 else {**fault, "rank": life % world}
         workers = {3: 1, 6: 2}.get(life, 0)
         running = learn(folder, toy, method, world, "--continue_ckpt", "--num_workers", workers,
@@ -117,6 +149,7 @@ def test_killed_everywhere(fresh, toy, method, world):
     assert done.status == [0] * world, done.output
     check_same(folder, reference)
     check_curves(folder, reference)
+    check_journal(folder, reference)
 
 
 def test_three_processes(fresh, toy):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.reliability.harness import checkpoint_path, difference, read, rows, torchrun
-from tests.reliability.test_resume import METHODS, check_curves, check_same, learn
+from tests.reliability.test_resume import METHODS, check_curves, check_journal, check_same, learn
 from utils.signals import INTERRUPTED
 
 
@@ -48,6 +48,7 @@ def test_stops_and_goes_on(fresh, toy, method, world):
     assert done.status == [0] * world, done.output
     check_same(folder, reference)
     check_curves(folder, reference)
+    check_journal(folder, reference)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

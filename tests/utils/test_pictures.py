@@ -15,6 +15,7 @@ from matplotlib import colors as mpl_colors
 from matplotlib import font_manager
 from PIL import Image
 
+from methods.table import METHODS
 from tests.conftest import ROOT
 from utils import pictures
 from utils.errors import UserError
@@ -446,8 +447,26 @@ def test_a_method_keeps_its_colour_and_its_runs_differ():
     assert looks["x"][0] == "#000000"
     methods = ("A", "B", "OWN")  # unknown, and the same in every process, whoever is beside them
     found = [pictures._styles([("other", method)])["other", method]["color"] for method in methods]
-    assert found == ["#e7298a", "#1b7837", "#1b7837"]
+    assert found == ["#1b7837", "#bf812d", "#e7298a"]
     assert looks["own"][0] == found[2]
+
+
+def test_every_method_has_a_colour_of_its_own():
+    colors = [pictures.METHOD_COLORS[name] for name in (*METHODS, "none")]
+    assert len({*colors, *pictures.OTHER_COLORS}) == len(colors) + len(pictures.OTHER_COLORS)
+
+
+def test_a_method_has_one_colour_whoever_is_beside_it(tmp_path):
+    """Seen in the files: MIB's blue is in both, FT's and PLOP's colours in one each."""
+    found = {}
+    for pair in (("FT", "MIB"), ("MIB", "PLOP")):
+        file = tmp_path / f"{'-'.join(pair)}.svg"
+        save_charts(file, {"voc 15-5": [curves(method, method) for method in pair]}, "")
+        text = file.read_text()
+        found[pair] = {name for name, color in pictures.METHOD_COLORS.items() if color in text}
+    assert found["FT", "MIB"] >= {"FT", "MIB"}
+    assert "PLOP" not in found["FT", "MIB"]
+    assert found["MIB", "PLOP"] == {"MIB", "PLOP"} | found["MIB", "PLOP"] & {"FT"}  # text is black
 
 
 KINDS = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml", ".PNG": b"\x89PNG"}

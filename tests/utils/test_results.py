@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import Scores, StreamSegMetrics
+from metrics.stream_metrics import Scores, StreamSegMetrics
 from utils.errors import UserError
 from utils.results import ResultKey, read_results, result_files, write_results
 
