@@ -31,7 +31,7 @@ $(VENV)/.installed: requirements.txt $(STALE) | $(BIN)/python
 	$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.tools: tests/requirements.txt $(VENV)/.installed
+$(VENV)/.tools: tests/requirements.txt requirements-extras.txt $(VENV)/.installed
 	$(PIP) -r tests/requirements.txt
 	@touch $@
 

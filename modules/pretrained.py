@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.norm import ABN, InPlaceABN
+from modules.residual import conv_before
 from utils import distributed
 from utils.checkpoint import load_file, strip_module_prefix
 from utils.errors import UserError
@@ -83,8 +84,7 @@ def match_norms(body: nn.Module, in_place: bool | None) -> None:
     as 0 and multiplies by eps, which is wrong by less than eps (1e-5) times x̂.
 
     Args:
-        body: Has loaded the weights; changed in place. The norm `bn1` follows the convolution
-            `conv1` beside it, and so on.
+        body: Has loaded the weights; changed in place.
         in_place: Whether the weights come from norms in place; None changes nothing.
     """
     for name, norm in body.named_modules():
@@ -93,9 +93,7 @@ def match_norms(body: nn.Module, in_place: bool | None) -> None:
         if in_place:
             norm.weight.copy_(norm.weight.abs() + norm.eps)
             continue
-        parent, _, own = name.rpartition(".")
-        conv = body.get_submodule(f"{parent}.{own.replace('bn', 'conv')}")
-        assert isinstance(conv, nn.Conv2d)
+        _, conv = conv_before(body, name)
         assert norm.running_mean is not None
         sign = torch.where(norm.weight < 0, -1.0, 1.0).to(norm.weight)
         conv.weight.mul_(sign.view(-1, 1, 1, 1))

@@ -54,3 +54,15 @@ class ResidualBlock(nn.Module):
         shortcut = self.proj_bn(self.proj_conv(x)) if self.project else x
         # The sum is a new tensor: an in-place norm keeps its output for the backward pass.
         return F.leaky_relu(self.convs(x) + shortcut, SLOPE, inplace=True)
+
+
+def conv_before(body: nn.Module, name: str) -> tuple[str, nn.Conv2d]:
+    """Name of the convolution before the norm `name` of a body, and the convolution.
+
+    `conv1` stands before the `bn1` beside it, `proj_conv` before `proj_bn`.
+    """
+    parent, dot, own = name.rpartition(".")
+    conv_name = parent + dot + own.replace("bn", "conv")
+    conv = body.get_submodule(conv_name)
+    assert isinstance(conv, nn.Conv2d)
+    return conv_name, conv

@@ -19,6 +19,7 @@ ARROWS = {
     "run": {"engine", "utils"},
     "report": {"engine", "utils"},
     "predict": {"dataset", "engine", "modules", "utils"},
+    "export": {"dataset", "engine", "modules", "utils"},
     "engine": {
         "argparser", "dataset", "methods", "metrics", "modules", "segmentation_module", "tasks",
         "train", "utils",

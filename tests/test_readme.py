@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import export
 import predict
 import report
 from argparser import get_parser
@@ -65,8 +66,8 @@ def test_commands_parse(command: str, garden):
 
 
 OTHERS = {
-    "predict.py": predict, "report.py": report, "dataset.check": check, "dataset.splits": splits,
-    "dataset.from_coco": from_coco, "engine.gallery": gallery,
+    "predict.py": predict, "report.py": report, "export.py": export, "dataset.check": check,
+    "dataset.splits": splits, "dataset.from_coco": from_coco, "engine.gallery": gallery,
     "data/make_toy.py": None,
     **{f"benchmarks.{m.__name__.split('.')[-1]}": m
        for m in (ceilings, data, eval, loss, norm, startup, step)},
