@@ -9,6 +9,9 @@ Input `images`, uint8 B 3 H W, RGB as a decoder gives it; batch, height and widt
 
 from __future__ import annotations
 
+import utils.missing  # noqa: F401  before any library
+
+# isort: split
 import argparse
 import io
 import json
@@ -24,10 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset.catalog import DATASETS
-from engine.predictor import Predictor, load_predictor
+from engine.predictor import Predictor, add_reference_flags, load_predictor
 from modules.folding import FoldedHead, fold_body
-from modules.structures import STRUCTURES
 from utils.constants import IMAGENET_MEAN, IMAGENET_STD
 from utils.errors import UserError
 from utils.files import atomic_write, check_writable
@@ -90,18 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Command line -> options. Raises UserError."""
-    parser = Parser(
-        prog="export.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("export.py", words="--ckpt FILE --out FILE [flags]", description=__doc__)
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="checkpoint of run.py")
     add("--out", type=Path, required=True, help="file to write: .onnx or .pt2")
-    group = parser.add_argument_group("checkpoints of the reference do not know what they are")
-    group.add_argument("--dataset", choices=tuple(DATASETS))
-    group.add_argument("--task")
-    group.add_argument("--step", type=int)
-    group.add_argument("--backbone", choices=tuple(STRUCTURES))
+    add_reference_flags(parser)
     return parser.parse_args(list(argv))
 
 

@@ -28,9 +28,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataset.catalog import DATASETS
-from engine.predictor import Predictor, Segmented, View, load_predictor
-from modules.structures import STRUCTURES
+from engine.predictor import Predictor, Segmented, View, add_reference_flags, load_predictor
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.flags import Parser, number
@@ -91,11 +89,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch_size", type=number(int, 1), default=4, help="images of equal size, or windows, at "
         "a time")  # fmt: skip
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
-    group = parser.add_argument_group("checkpoints of the reference do not know what they are")
-    group.add_argument("--dataset", choices=tuple(DATASETS), help="that it was trained on")
-    group.add_argument("--task", help="as for run.py")
-    group.add_argument("--step", type=int, help="that it was trained for")
-    group.add_argument("--backbone", choices=tuple(STRUCTURES), help="its body")
+    add_reference_flags(parser)
     return parser.parse_args(list(argv))
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 from argparser import Options
-from dataset.catalog import get_spec
+from dataset.catalog import DATASETS, get_spec
 from dataset.transform import normalize, resize
 from engine.checkpoint import load
 from engine.plans import parse
 from methods.averaging import average_probabilities, predict_average, versions
 from methods.windows import Corner, blend
 from modules.norm import get_norm
+from modules.structures import STRUCTURES
 from segmentation_module import IncrementalSegmentationModule, load_state, make_model
 from tasks import check_step
 from utils.errors import UserError
@@ -243,6 +245,15 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def add_reference_flags(parser: argparse.ArgumentParser) -> None:
+    """What a checkpoint of the reference does not say of itself: see `load_predictor`."""
+    group = parser.add_argument_group("checkpoints of the reference do not know what they are")
+    group.add_argument("--dataset", choices=tuple(DATASETS), help="that it was trained on")
+    group.add_argument("--task", help="as for run.py")
+    group.add_argument("--step", type=int, help="that it was trained for")
+    group.add_argument("--backbone", choices=tuple(STRUCTURES), help="its body")
 
 
 def load_predictor(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+import export
 import predict
 import report
 import run
@@ -21,6 +22,7 @@ from utils.missing import explain
 
 PROGRAMS: dict[str, Callable[..., int | None]] = {
     "run.py": run.main, "predict.py": predict.main, "report.py": report.main,
+    "export.py": export.main,
     "-m dataset.check": check.main, "-m dataset.splits": splits.main,
     "-m dataset.from_coco": from_coco.main, "-m engine.gallery": gallery.main,
 }  # fmt: skip
@@ -97,6 +99,7 @@ def test_defaults_are_those_of_the_parser(capsys):
         ("run.py", ["--regularizer", "ewcc"], "(did you mean ewc?)"),
         ("predict.py", ["--ckptt", "x", "y", "--out", "z"], "--ckptt (did you mean --ckpt?)"),
         ("predict.py", ["x"], "required: --ckpt, --out"),
+        ("export.py", ["--out", "x.onnx", "--chpt", "y"], "--chpt (did you mean --ckpt?)"),
         ("report.py", ["--plt", "x.png"], "--plt (did you mean --plot?)"),
         ("report.py", ["--format", "txt"], "(did you mean text?)"),
         ("-m dataset.check", ["x", "--taks", "3-2"], "--taks (did you mean --task?)"),
