@@ -20,6 +20,7 @@ from engine.comparison import (
     mean_iou,
 )
 from engine.tables import as_csv, as_markdown, as_text, title_of
+from utils import streams
 from utils.errors import UserError
 from utils.flags import Parser
 from utils.pictures import Curves, Point, save_charts
@@ -27,6 +28,7 @@ from utils.pictures import Curves, Point, save_charts
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
+    streams.make_steady()
     parser = Parser(prog="report.py", description=__doc__)
     add = parser.add_argument
     add("paths", nargs="*", type=Path, default=[Path("logs/results")], metavar="PATH",
