@@ -105,7 +105,7 @@ test: lint types
 	  -m "not long" $(if $(ROOM),tests/$(ROOM),)
 
 test-long: $(VENV)/.tools
-	$(BIN)/python -m pytest -m long
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup -m long
 
 # In-Place ABN's own CUDA kernels; README says when they pay. Needs nvcc for a CUDA torch.
 iabn: $(VENV)/.installed

@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from engine.predictor import Predictor, Segmented, View, add_reference_flags, load_predictor
+from utils import streams
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.flags import Parser, number
@@ -49,6 +50,7 @@ class Job:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status: 1 if anything could not be segmented."""
+    streams.make_steady()
     try:
         opts = parse(sys.argv[1:] if argv is None else list(argv))
         view = View(opts.size, opts.window, opts.scales, opts.flip, opts.batch_size)

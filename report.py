@@ -30,6 +30,7 @@ from engine.comparison import (
     mean_iou,
 )
 from engine.tables import as_csv, as_markdown, as_text, title_of
+from utils import streams
 from utils.errors import UserError
 from utils.flags import Parser
 from utils.pictures import Curves, Point, chart_kind, save_charts
@@ -37,6 +38,7 @@ from utils.pictures import Curves, Point, chart_kind, save_charts
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status."""
+    streams.make_steady()
     parser = Parser("report.py", words="[flags] [PATH ...]", description=__doc__)
     add = parser.add_argument
     add("paths", nargs="*", type=Path, default=[Path("logs/results")], metavar="PATH",

@@ -14,12 +14,13 @@ import sys
 from collections.abc import Sequence
 
 from engine.plans import parse
-from utils import launcher
+from utils import launcher, streams
 from utils.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns its exit status. What a user can mend is a line, not a traceback."""
+    streams.make_steady()
     try:
         launcher.check_environment()
         launcher.end_with_launcher()

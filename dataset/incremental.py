@@ -1,6 +1,7 @@
 """Samples of a data set with their labels mapped for one step."""
 
 import os
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,6 +73,11 @@ class IncrementalSegmentation(Dataset[tuple[Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def checksum(self) -> int:
+        """CRC-32 of positions in the list and names of the images, without folders and endings."""
+        stems = [os.path.splitext(os.path.basename(image))[0] for image, _ in self._paths]
+        return zlib.crc32(self.indices.tobytes() + b"/".join(stems))
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, i = key if isinstance(key, tuple) else (0, key)

@@ -81,6 +81,8 @@ def _read_list(path: Path, num_samples: int) -> np.ndarray:
     """A given list. Raises UserError if it is damaged or does not fit the data set."""
     cure = "delete it and the list is computed"
     try:
+        if not path.is_file():  # a pipe or a device may never end
+            raise OSError("it is no file")
         with path.open("rb") as file:
             indices = np.load(file, allow_pickle=False)
     except Exception as error:  # header and array code have many
@@ -223,7 +225,7 @@ def _labels_in(spec: DatasetSpec, mask_path: str) -> np.ndarray:
 
 def _read_presence(cache: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """The stored table, or None if there is none or it is damaged."""
-    if not cache.exists():
+    if not cache.is_file():
         return None
     try:
         with np.load(cache, allow_pickle=False) as stored:

@@ -40,7 +40,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "options": dict,
 }
 # What older programs did not write, and a resume can do without.
-OPTIONAL: dict[str, type | tuple[type, ...]] = {"objective_state": dict}
+OPTIONAL: dict[str, type | tuple[type, ...]] = {"objective_state": dict, "images_checksum": int}
 
 
 def load(path: Path, cure: str) -> dict[str, Any]:
@@ -154,7 +154,8 @@ def _wrong_field(content: Mapping[str, Any]) -> str:
     names = content.get("class_names", [])
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
         return "class_names"
-    if names and max(label for step in content.get("steps", [[0]]) for label in step) >= len(names):
+    labels = [label for step in content.get("steps", [[0]]) for label in step]
+    if "class_names" in content and max(labels) >= len(names):
         return "class_names"
     return _wrong_option(content.get("options"), len(content.get("steps", [])))
 

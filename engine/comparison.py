@@ -28,7 +28,7 @@ from methods.table import METHODS
 from metrics.paper import LISTS, paper_scores, plop_scores
 from tasks import Family, get_task, parse_task
 from utils import results
-from utils.errors import UserError
+from utils.errors import UserError, printable
 
 MAX_STEPS = 10_000  # as on the command line
 SPLITS = ("partition", "overlapped", "disjoint")
@@ -157,14 +157,16 @@ def read_runs(path: Path) -> dict[Setting, list[Run]]:
     match = re.fullmatch(r"([^-]+)-(.+?)(-ov)?", path.stem)
     if match is None:
         raise UserError(f"{path} is not called <dataset>-<task>.csv: name a per-class result file")
-    dataset, task, overlap = match.groups()
+    dataset, task = map(printable, match.groups()[:2])
+    overlap = match[3]
     usual = ("mib", usual_split(dataset, bool(overlap)))
     runs: dict[tuple[str, ...], dict[tuple[str, str, int], Run]] = defaultdict(dict)
     most = 0
     for row in results.read_results(path):
         if not 0 <= int(row["step"]) < MAX_STEPS:  # type: ignore[arg-type]
             raise UserError(f"{path} has a row of step {row['step']}: mend it")
-        key = (str(row["name"]), str(row["method"]), int(row["seed"]))  # type: ignore[arg-type]
+        name, method = (printable(str(row[column])) for column in ("name", "method"))
+        key = (name, method, int(row["seed"]))  # type: ignore[arg-type]
         columns = {name: value for name, value in row.items() if re.match(r"\d+:", name)}
         most = max(most, len(columns))
         seen = [value for value in columns.values() if value is not None]

@@ -22,7 +22,7 @@ from methods.table import Method
 from utils import distributed
 from utils.errors import UserError
 from utils.flags import OnResume, flags_of
-from utils.results import read_results, result_files
+from utils.results import LENGTHS, read_results, result_files
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def stored_result(opts: Options) -> str:
     """A tested step's scores as the result files have them, a line each; empty where none are."""
     rows = stored_rows(opts)
     values = {} if rows is None else rows[0] | rows[1]
-    known = {name: value for name, value in values.items() if isinstance(value, float)}
+    known = {n: v for n, v in values.items() if isinstance(v, float) and n not in LENGTHS}
     width = max(map(len, known), default=0)
     return "\n".join(f"{name:<{width}}  {value:.4f}" for name, value in known.items())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -116,7 +117,7 @@ class _Command(NamedTuple):
 
     def _follow_recipe(self, values: dict[str, Any], method: Method) -> list[str]:
         """Put in what the authors used where the user set nothing; returns a remark on the rate."""
-        world = launcher.number("WORLD_SIZE", 1, low=1)
+        world = launcher.world_size()
         if "batch_size" not in self.given and PAPER_BATCH % world:
             raise UserError(
                 f"--recipe {values['recipe']} trains on {PAPER_BATCH} images at a time, which "
@@ -234,6 +235,8 @@ def _reject_conflicts(opts: Options) -> None:
          f"--base {opts.base!r} cannot be a file name: use at most 200 bytes, no slash"),
         (not is_file_name(opts.name),
          f"--name {opts.name!r} cannot be a file name: use at most 200 bytes, no slash"),
+        (re.search(r"\+(tta$|\w+=)", opts.name),
+         f"--name {opts.name!r} is how rows of another test of a run are called: choose another"),
     )  # fmt: skip
     for wrong, message in conflicts:
         if wrong:

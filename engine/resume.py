@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 
 from argparser import Options
+from dataset.incremental import IncrementalSegmentation
 from dataset.sampler import TrainBatchSampler
 from engine.checkpoint import check_complete, check_fits, check_flags, load
 from engine.context import Context
@@ -71,11 +72,14 @@ def load_resumed(context: Context) -> dict[str, Any] | None:
     return content
 
 
-def batch_counts(context: Context, batches: TrainBatchSampler) -> dict[str, int]:
+def batch_counts(
+    context: Context, batches: TrainBatchSampler, images: IncrementalSegmentation
+) -> dict[str, int]:
     """What must be the same for the position in an epoch to mean the same images."""
     return {
         "images_per_iteration": context.opts.batch_size * distributed.world_size(),
         "iterations_per_epoch": batches.iterations_per_epoch,
+        "images_checksum": images.checksum(),
     }
 
 
@@ -116,7 +120,7 @@ def restore(
     `counts` are the `batch_counts` of this run. Raises UserError where anything does not fit.
     """
     for what, mine in counts.items():
-        if content[what] != mine:
+        if content.get(what, mine) != mine:  # older programs kept no checksum
             raise UserError(
                 f"the checkpoint was written with {content[what]} {what.replace('_', ' ')}, this "
                 f"run has {mine}: use the same data, and a --batch_size that makes --batch_size x "

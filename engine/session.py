@@ -231,4 +231,9 @@ def explain(error: Exception) -> str | None:
         return "another process of this run is gone, see what it said"
     if workers.lost(error):
         return "a data worker was killed, as a rule for want of memory: lower --num_workers"
+    if "Too many open files" in str(error):
+        return "no more files may be opened: raise the limit (ulimit -n), or lower --num_workers"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"the system refuses, {where}{error.strerror}; --debug shows where in the program"
     return None

@@ -198,6 +198,7 @@ def test_one_value_serves_all_steps():
 
 
 def test_the_papers_recipe_fills_what_is_not_set(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     first, second = parse_all(["--recipe", "paper", "--task", "15-5", "--step", "all"])
     for plan, lr in ((first, 0.01), (second, 0.001)):
@@ -255,9 +256,23 @@ def test_step_ckpt_is_for_the_first_step_alone():
 
 
 def test_the_recipe_needs_a_divisor_of_24(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "5")
     with pytest.raises(UserError, match="5 processes"):
         parse_all(["--recipe", "paper"])
+
+
+def test_without_a_launcher_the_recipe_is_for_one_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # a batch system may set it for all it starts
+    (plan,) = parse_all(["--recipe", "paper"])
+    assert plan.opts.batch_size == 24
+
+
+@pytest.mark.parametrize("name", ["r+tta", "r+crop_size=64"])
+def test_a_name_is_none_of_another_test_of_a_run(name):
+    with pytest.raises(UserError, match="choose another"):
+        parse_all(["--name", name])
 
 
 def test_a_shared_step_0_is_learned_under_its_own_name():

@@ -129,7 +129,7 @@ def test_without_the_libraries_a_line_names_the_cure(program: str):
     command = [sys.executable, "-S", *program.split(), "--help"]  # no site-packages
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert re.match(r"error: .* has no module (PIL|numpy): run `make setup` once", done.stderr)
+    assert re.match(r"error: .* has no module (PIL|numpy|torch): run `make setup`", done.stderr)
     assert "pip install -r requirements.txt" in done.stderr
 
 

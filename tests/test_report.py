@@ -367,3 +367,14 @@ def test_what_is_no_result_is_one_line(tmp_path, capsys, monkeypatch, path, mess
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_what_a_terminal_would_obey_is_shown_as_escapes(tmp_path, capsys):
+    path = tmp_path / "voc-15-5-ov.csv"
+    path.write_text("name,method,step,seed,0:background\n\x1b[2Jr,\tF,0,42,0.5\n")
+    for kind in ("text", "markdown", "csv"):
+        assert main([str(path), "--format", kind]) == 0
+        printed = capsys.readouterr().out
+        assert r"\x1b[2Jr" in printed
+        assert r"\tF" in printed
+        assert all(line.isprintable() for line in printed.splitlines())

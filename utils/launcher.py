@@ -31,6 +31,11 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def world_size() -> int:
+    """Processes that the launcher started; 1 without one, whatever WORLD_SIZE says."""
+    return number("WORLD_SIZE", 1, low=1) if is_launched() else 1
+
+
 def check_environment() -> None:
     """UserError where the variables of a launcher are no numbers or contradict each other."""
     world = number("WORLD_SIZE", 1, low=1)

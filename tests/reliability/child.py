@@ -220,6 +220,23 @@ def main_in_float64(faults: Sequence[Fault], argv: Sequence[str]) -> int:
     return status
 
 
+def main_unheard(faults: Sequence[Fault], argv: Sequence[str]) -> int:
+    """Nobody reads what this process prints, as behind `| head -1`."""
+    reading, writing = os.pipe()
+    os.dup2(writing, 1)
+    os.close(writing)
+    os.close(reading)
+    return main(faults, argv)
+
+
+def main_nowhere(faults: Sequence[Fault], argv: Sequence[str]) -> int:
+    """The working directory is gone."""
+    os.mkdir("gone")
+    os.chdir("gone")
+    os.rmdir(os.getcwd())
+    return main(faults, argv)
+
+
 def main_with_gauges(faults: Sequence[Fault], argv: Sequence[str]) -> int:
     """Also writes `gauges.json`: memory in pages and open files after each epoch."""
     gauges: list[tuple[int, int]] = []

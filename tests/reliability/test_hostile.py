@@ -341,6 +341,16 @@ def test_another_number_of_images_per_iteration(interrupted, toy, capsys):
     assert "4 images per iteration, this run has 3" in line
 
 
+def test_going_on_with_other_images_of_the_same_number(interrupted, tree, capsys):
+    """The place in the epoch would mean other images."""
+    path = tree / "PascalVOC12" / "splits" / "train_aug.txt"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    before = checkpoint_path(interrupted).read_bytes()
+    assert run.main([*base(tree), "--continue_ckpt", "--epochs", "3"]) == 1
+    assert "images checksum" in capsys.readouterr().err
+    assert checkpoint_path(interrupted).read_bytes() == before
+
+
 # --- as a user sees it ---
 
 

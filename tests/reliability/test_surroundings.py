@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +14,25 @@ from contextlib import suppress
 import pytest
 
 import run
+from dataset.splits import training_indices
+from dataset.voc import VOC
+from engine.session import explain
+from tasks import get_task
 from tests.conftest import ROOT
 from tests.reliability import child
-from tests.reliability.harness import FLAGS, LIMIT, SETTING, checkpoint_path, descendants, rows
-from tests.reliability.test_hostile import snapshot
+from tests.reliability.harness import (
+    FLAGS,
+    LIMIT,
+    SETTING,
+    checkpoint_path,
+    descendants,
+    go,
+    launch,
+    rows,
+)
+from tests.reliability.test_hostile import no_hang, snapshot
 from tests.reliability.test_identity import command, finished, small  # noqa: F401, fixtures
+from utils.errors import UserError
 
 FULL = """
 import resource, sys
@@ -107,3 +123,91 @@ def test_a_full_disk_below_the_logs_is_a_line(tmp_path):
     )  # fmt: skip
     assert done.stdout.startswith("cannot write logs to")
     assert "Traceback" not in done.stderr
+
+
+QUICK = ["--batch_size", 4, "--epochs", 1]
+
+
+def test_nobody_reads_what_is_printed(toy, tmp_path):
+    done = go(tmp_path, "--data_root", toy, *QUICK, entry=child.main_unheard)
+    assert done.status == [0], done.output
+    assert "Traceback" not in done.output
+    assert len(rows(tmp_path)) == 2
+
+
+def test_a_working_directory_that_is_gone(toy, tmp_path):
+    done = go(tmp_path, "--data_root", toy, *QUICK, entry=child.main_nowhere)
+    assert done.status == [1]
+    assert done.output.startswith("error: cannot write to")
+    assert done.output.count("\n") == 1
+
+
+def test_a_checkpoint_folder_that_is_a_link(finished, toy, capsys):  # noqa: F811
+    elsewhere = finished / "elsewhere"
+    shutil.move(finished / "checkpoints", elsewhere)
+    (finished / "checkpoints").symlink_to(elsewhere)
+    before = snapshot(elsewhere)
+    assert run.main(command(toy)) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert run.main(command(toy, "--lr", 0.5)) == 1
+    assert snapshot(elsewhere) == before
+    assert run.main(command(toy, "--lr", 0.5, "--restart")) == 0
+    assert (finished / "checkpoints").is_symlink()
+    assert snapshot(elsewhere) != before
+
+
+@pytest.mark.parametrize("target", ["nowhere", "checkpoints"])
+def test_a_link_that_leads_nowhere(toy, tmp_path, monkeypatch, capsys, small, target):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").symlink_to(tmp_path / target)
+    assert run.main(command(toy)) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: cannot ")
+
+
+def test_two_runs_that_share_a_base_start_together(toy, tmp_path):
+    """One learns step 0, the other is told; asked again, it goes on from there."""
+    own = ["--data_root", toy, *QUICK, "--step", "all", "--base", "b"]
+    waiting = {"at": "iteration", "count": 2, "signal": "WAIT"}
+    first = launch(tmp_path, *own, "--method", "FT", "--name", "x", faults=[waiting])
+    first.wait_for("fault at iteration")
+    second = go(tmp_path, *own, "--method", "MIB", "--name", "y")
+    assert second.status == [1]
+    assert "error: step 0 of 'b'" in second.output
+    assert "already running" in second.output
+    first.kill()
+    first.wait()
+    done = go(tmp_path, *own, "--method", "MIB", "--name", "y")
+    assert done.status == [0], done.output
+    before = snapshot(tmp_path / "checkpoints")
+    done = go(tmp_path, *own, "--method", "FT", "--name", "x")
+    assert done.status == [0], done.output
+    after = snapshot(tmp_path / "checkpoints")
+    assert {path: after[path] for path in before} == before
+    assert {path.stem for path in after} == {"b_0", "y_1", "x_1"}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_split_list_that_never_ends(toy, tmp_path, kind):
+    path = tmp_path / "data" / "voc" / "15-5-ov" / "train-0.npy"
+    path.parent.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with no_hang(), pytest.raises(UserError, match="no file"):
+        training_indices(VOC, toy, get_task("voc", "15-5"), 0, True, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
+        (RuntimeError("Too many open files. Communication with ..."), "ulimit -n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "/x/y: Permission denied"),
+        (RuntimeError("a slip of the program"), None),
+    ],
+)
+def test_what_the_system_refuses_is_a_line(error, word):
+    line = explain(error)
+    assert line is None if word is None else word in line

@@ -119,6 +119,14 @@ def test_absurd_content(step0, tmp_path, count):
     assert len(passed) < count / 3, passed
 
 
+@pytest.mark.parametrize("names", [[], ["background"], [""] * 21, "abc"])
+def test_classes_without_a_name(step0, tmp_path, names):
+    path = tmp_path / "x.pth"
+    content = torch.load(checkpoint_path(step0), weights_only=True)
+    torch.save({**content, "class_names": names}, path)
+    assert attempt(path) is None
+
+
 @pytest.mark.parametrize("kind", TENSORS)
 def test_tensors_that_no_checkpoint_has(step0, tmp_path, kind):
     path = tmp_path / "x.pth"
