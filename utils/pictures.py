@@ -259,9 +259,10 @@ def _charts(charts: Mapping[str, Sequence[Curves]], ylabel: str) -> Figure:
     styles, lines = _styles(list(runs)), {}
     for row, (setting, some) in zip(grid, charts.items(), strict=True):
         for axes, title in zip(row, titles, strict=True):
-            for run in some:
-                key, values = (run.label, run.method), np.transpose(run.points[title])
-                lines[key] = axes.errorbar(*values, capsize=4, clip_on=False, **styles[key])
+            for i, run in enumerate(some):
+                key, (at, *y) = (run.label, run.method), np.transpose(run.points[title])
+                at = at + 0.4 * (i + 0.5) / len(some) - 0.2  # equal values beside each other
+                lines[key] = axes.errorbar(at, *y, capsize=4, clip_on=False, **styles[key])
             axes.set_title(title, size=14, loc="left")
             axes.set_xlabel("step", size=13)
             axes.grid(color=PALE)

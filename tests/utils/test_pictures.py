@@ -414,8 +414,10 @@ def test_charts_have_a_row_per_setting_and_a_line_per_run():
     assert first[0].get_ylabel() == "mean IoU, %"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     assert [len(axes.containers) for axes in figure.axes] == [2, 2, 1, 1]
-    (line, _, (bars,)), _ = bars_of(first[0])
-    assert line.get_xydata().tolist() == [[0, 80], [1, 60]]
+    (line, _, (bars,)), (beside, _, _) = bars_of(first[0])
+    assert line.get_ydata().tolist() == beside.get_ydata().tolist() == [80, 60]
+    np.testing.assert_allclose(line.get_xdata(), [-0.1, 0.9])
+    np.testing.assert_allclose(beside.get_xdata(), [0.1, 1.1])
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[78, 82], [58, 62]]
     ((new, _, _), _) = bars_of(first[1])
     assert new.get_ydata()[1] == 30
