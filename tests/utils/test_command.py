@@ -75,6 +75,7 @@ def test_without_a_known_parent_torchrun_is_named(monkeypatch):
 )
 def test_flags_are_replaced_and_left_out(monkeypatch, typed, expected):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["pytest", "another command"])
     full = command.again(typed, ("step_ckpt", "ckpt"), step=2)
     assert full.partition("run.py ")[2] == expected
 
@@ -87,4 +88,4 @@ def test_another_program_is_found_from_anywhere(tmp_path):
                                text=True, check=True).stdout  # fmt: skip
         assert (str(ROOT) in shown) == (folder == tmp_path or str(ROOT) in sys.executable)
         done = subprocess.run(shown, shell=True, cwd=folder, capture_output=True, text=True)
-        assert done.stdout.startswith("usage: report.py")
+        assert done.stdout.startswith("usage: python report.py ")
