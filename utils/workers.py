@@ -78,7 +78,9 @@ def _exit_after(wait: Callable[[], None]) -> None:
 def lost(error: BaseException) -> bool:
     """Whether `error` is a loader's about a worker that died, by a signal as a rule.
 
-    With pinned memory the thread that pins may be the first to notice.
+    With pinned memory the thread that pins may be the first to notice. Who is just fetching a batch
+    finds the worker's end of the connection closed.
     """
     signs = ("DataLoader worker", "in pin memory thread", "Pin memory thread")
-    return any(sign in str(error) for sign in signs)
+    closed = isinstance(error, (ConnectionError, EOFError))
+    return closed or any(sign in str(error) for sign in signs)

@@ -205,6 +205,8 @@ def test_a_split_list_that_never_ends(toy, tmp_path, kind):
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
         (RuntimeError("Too many open files. Communication with ..."), "ulimit -n"),
         (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "/x/y: Permission denied"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "a data worker was"),
+        (EOFError(), "a data worker was killed"),
         (RuntimeError("a slip of the program"), None),
     ],
 )
