@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataset.transform import normalize
 from engine.predictor import Predictor, add_reference_flags, load_predictor
 from modules.folding import FoldedHead, fold_body
 from utils import streams
@@ -229,10 +230,9 @@ def check(predictor: Predictor, run: Run) -> float:
     """
     worst = 0.0
     generator = torch.Generator().manual_seed(0)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     for number, size in enumerate(SIZES, 1):
         images = torch.randint(0, 256, (number, 3, *size), generator=generator, dtype=torch.uint8)
-        expected = predictor.model((images / 255 - mean) / std).logits
+        expected = predictor.model(normalize(images)).logits
         labels, logits = run(images)
         deviation = (logits - expected).abs().max() / expected.abs().max()
         worst = max(worst, deviation.nan_to_num(math.inf).item())
