@@ -9,7 +9,7 @@ Input `images`, uint8 B 3 H W, RGB as a decoder gives it; batch, height and widt
 
 from __future__ import annotations
 
-import utils.missing  # noqa: F401  before any library
+import utils.uncaught  # noqa: F401  before any library
 
 # isort: split
 import argparse

@@ -12,7 +12,7 @@ with the names and folders of the input. From Python:
 
 from __future__ import annotations
 
-import utils.missing  # noqa: F401  before any library
+import utils.uncaught  # noqa: F401  before any library
 
 # isort: split
 import argparse

@@ -12,7 +12,7 @@ where it has any.
 
 from __future__ import annotations
 
-import utils.missing  # noqa: F401  before any library
+import utils.uncaught  # noqa: F401  before any library
 
 # isort: split
 import sys

@@ -7,7 +7,7 @@ What happens in which order stands in `engine/session.py`.
 
 from __future__ import annotations
 
-import utils.missing  # noqa: F401  before any library
+import utils.uncaught  # noqa: F401  before any library
 
 # isort: split
 import sys

@@ -171,7 +171,8 @@ def compare_reuse(results: Comparisons, sides: tuple[Side, Side], data: Path, me
     copy_run(old, here := sides[1].out / f"{method}-predicted")
     what = f"{method}, predict.py with an old checkpoint"
     with attempt(results, what, here):
-        sides[1].run("predict.py", predict_flags(data, method, "again"), here.name)
+        whole = ["--window", "0"]  # as the old one saw images, however large
+        sides[1].run("predict.py", [*predict_flags(data, method, "again"), *whole], here.name)
         found = predictions(old / "predicted")
         wrong = differences(found, predictions(here / "again"))
         results.add(f"{what} ({len(found)} files)", wrong)

@@ -8,7 +8,7 @@ the first files that have it. The exit status is 1 if there is any problem.
 
 from __future__ import annotations
 
-import utils.missing  # noqa: F401  before any library
+import utils.uncaught  # noqa: F401  before any library
 
 # isort: split
 import os

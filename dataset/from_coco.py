@@ -8,7 +8,7 @@ classes, a link to the images, and lists. Needs pycocotools (requirements-extras
 
 from __future__ import annotations
 
-import utils.missing  # noqa: F401  before any library
+import utils.uncaught  # noqa: F401  before any library
 
 # isort: split
 import contextlib

@@ -5,7 +5,7 @@
 prints how many images every step has and, if asked to, stores the lists as DIR/train-<step>.npy.
 """
 
-import utils.missing  # noqa: F401  before any library
+import utils.uncaught  # noqa: F401  before any library
 
 # isort: split
 import hashlib

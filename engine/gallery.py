@@ -11,7 +11,7 @@ divide the order into N + 1 equal parts.
 
 from __future__ import annotations
 
-import utils.missing  # noqa: F401  before any library
+import utils.uncaught  # noqa: F401  before any library
 
 # isort: split
 import sys

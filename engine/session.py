@@ -55,7 +55,8 @@ def execute(plans: Sequence[Plan], argv: Sequence[str] = ()) -> int:
         log.info("interrupted: %s", wish)
         distributed.shutdown()
         return INTERRUPTED
-    except KeyboardInterrupt:  # before there was anything to save
+    except KeyboardInterrupt:  # before a step, or between two: there is nothing to save
+        print("interrupted", file=sys.stderr)
         distributed.shutdown(failed=True)
         return 128 + signal.SIGINT
     except (UserError, distributed.PeerStopped, RuntimeError, OSError, EOFError) as error:

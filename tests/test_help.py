@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from dataset import check, from_coco, splits
 from engine import gallery
 from methods.table import FLAGS
 from tests.conftest import ROOT
-from utils.missing import explain
+from utils.uncaught import explain
 
 PROGRAMS: dict[str, Callable[..., int | None]] = {
     "run.py": run.main, "predict.py": predict.main, "report.py": report.main,
@@ -137,6 +138,14 @@ def test_modules_that_no_requirement_brings_keep_their_traceback():
     assert explain("pydantic.main") is not None
     for name in ("dataset.nonsense", "run", "_lzma", ""):
         assert explain(name) is None
+
+
+@pytest.mark.parametrize("program", ["run", "predict", "dataset.check"])
+def test_ctrl_c_that_nothing_catches_is_a_line(program: str):
+    """While libraries are imported, for one."""
+    code = f"import signal, {program}; signal.raise_signal(signal.SIGINT)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "interrupted\n")
 
 
 @pytest.mark.parametrize("program", ["run", "report"])

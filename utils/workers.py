@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import parent_process
 from pathlib import Path
@@ -31,6 +31,7 @@ def context(needed: type) -> BaseContext:
     os.environ["PYTHONPATH"] = os.pathsep.join(path)
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([needed.__module__])
+    resource_tracker.ensure_running()  # the server would start it, which unblocks the signals
     with _shielded():
         forkserver.ensure_running()
     return server

@@ -146,6 +146,8 @@ def arm(fault: Fault) -> None:
     place = fault["at"]
     if place == "data":
         engine.session.build_data = before(engine.session.build_data, fault)
+    elif place == "between":  # steps
+        engine.session.free_memory = before(engine.session.free_memory, fault)
     elif place == "survey":
         objective = methods.objective.Objective
         objective.survey = before(objective.survey, fault)  # type: ignore[method-assign]

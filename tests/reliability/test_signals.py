@@ -8,7 +8,14 @@ import time
 
 import pytest
 
-from tests.reliability.harness import checkpoint_path, difference, read, rows, torchrun
+from tests.reliability.harness import (
+    checkpoint_path,
+    difference,
+    launch,
+    read,
+    rows,
+    torchrun,
+)
 from tests.reliability.test_resume import METHODS, check_curves, check_journal, check_same, learn
 from utils.signals import INTERRUPTED
 
@@ -71,7 +78,41 @@ def test_a_second_signal_ends_it_at_once(fresh, toy, number):
 def test_ctrl_c_before_the_training(fresh, toy):
     ended = learn(fresh("early"), toy, "MIB", 1, faults=[stop("data", 1, "INT")]).wait()
     assert ended.status == [130]
+    assert ended.output.endswith("interrupted\n")
     assert "Traceback" not in ended.output
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "words"),
+    [
+        (stop("results", 1, "INT", bytes=0), INTERRUPTED, "interrupted: after step 0"),
+        (stop("between", 1, "INT"), 130, "interrupted\n"),
+        (stop("data", 2, "INT"), 130, "interrupted\n"),  # in the scan of the second
+    ],
+)
+def test_ctrl_c_between_steps(never_stopped, toy, tmp_path, fault, status, words):
+    stopped = learn_both(tmp_path, toy, faults=[fault]).wait()
+    assert stopped.status == [status], stopped.output
+    assert words in stopped.output
+    assert "Traceback" not in stopped.output
+    assert read(tmp_path, 0)["finished"]
+    assert not checkpoint_path(tmp_path, 1).exists()
+    done = learn_both(tmp_path, toy).wait()
+    assert done.status == [0], done.output
+    assert "step 0 of r is finished: skipped" in done.output
+    check_same(tmp_path, never_stopped)
+
+
+@pytest.fixture(scope="module")
+def never_stopped(toy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("never")
+    assert learn_both(folder, toy).wait().status == [0]
+    return folder
+
+
+def learn_both(folder, toy, **settings):
+    flags = ["--method", "FT", "--step", "0-1", "--epochs", 1, "--batch_size", 4]
+    return launch(folder, "--data_root", toy, *flags, **settings)
 
 
 def test_a_signal_to_the_whole_group_spares_the_data_workers(fresh, toy):

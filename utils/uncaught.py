@@ -1,6 +1,7 @@
-"""A library that is not installed ends a program with a line that says how to get it.
+"""What a program says of an error that nothing caught, where a line says more than a traceback.
 
-Programs import this before anything else: `import utils.missing`.
+A library that is not installed: how to get it. Ctrl-C outside a training, which takes it as a wish
+to stop: that it was heard. Programs import this before anything else: `import utils.uncaught`.
 """
 
 import sys
@@ -24,7 +25,9 @@ def explain(name: str) -> str | None:
 
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     line = explain(error.name or "") if isinstance(error, ModuleNotFoundError) else None
-    if line is None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)  # Python then ends itself with the signal
+    elif line is None:
         _usual(kind, error, trace)
     else:
         print(f"error: {line}", file=sys.stderr)
