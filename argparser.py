@@ -131,7 +131,7 @@ class Options:
         choices=tuple(sorted(STRIDES_AND_DILATIONS)),
     )  # fmt: skip
     norm_act: str = flag("iabn_sync", "normalisation and activation", choices=NORMS, group="model")
-    pretrained: bool | str = _free(
+    pretrained: bool | str = flag(
         True, "ImageNet weights at step 0: a file, torchvision to fetch its own, or nothing for "
         "pretrained/<backbone>_iabn_sync.pth.tar", negatable=True, takes_value=True, group="model",
     )  # fmt: skip

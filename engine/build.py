@@ -259,7 +259,7 @@ def build_training(
     max_iters = opts.epochs * batches.iterations_per_epoch
     learner = build_learner(context, student, teacher, previous, max_iters)
     warn_of_broken_graphs(opts, student)
-    counts = batch_counts(context, batches, data.train)
+    counts = batch_counts(context, batches, data.train, previous)
     progress = Progress() if resumed is None else restore(resumed, learner, counts, opts)
     objective, validated = (
         make_objective(

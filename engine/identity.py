@@ -10,19 +10,30 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import Field, asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from argparser import Options
 from dataset.catalog import get_spec
 from engine.checkpoint import check_fits, load
-from engine.paths import base_checkpoint, own_checkpoint, result_key, setting, tested_checkpoint
+from engine.paths import (
+    base_checkpoint,
+    checkpoint_path,
+    own_checkpoint,
+    previous_checkpoint,
+    result_key,
+    setting,
+    tested_checkpoint,
+)
 from methods.table import FLAGS as METHOD_FLAGS
 from methods.table import Method
+from tasks import Task
 from utils import distributed
+from utils.checkpoint import checksum
 from utils.errors import UserError
 from utils.flags import OnResume, flags_of
-from utils.results import LENGTHS, read_results, result_files
+from utils.results import LENGTHS, WEIGHTS, read_results, result_files
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +106,36 @@ def state(opts: Options) -> str:
             log.warning("%s is of an interrupted run: starting over (--continue_ckpt goes on)",
                         path)  # fmt: skip
         return NEW
-    return DONE if shared or stored_rows(opts) else CONCLUDED
+    _refuse_other_teacher(content, path, opts, task)
+    return DONE if _is_tested(content, path, opts) else CONCLUDED
+
+
+def _is_tested(content: Mapping[str, Any], path: Path, opts: Options) -> bool:
+    """Whether the stored result is of the weights that lie there, not of earlier ones.
+
+    A step 0 that another task learned has its result there.
+    """
+    rows = stored_rows(opts)
+    if rows is None:
+        return path != own_checkpoint(opts)
+    tested = rows[0].get(WEIGHTS)  # rows of older programs do not say
+    return tested is None or tested == checksum(content["model_state"])
+
+
+def _refuse_other_teacher(
+    content: Mapping[str, Any], path: Path, opts: Options, task: Task
+) -> None:
+    """UserError where a finished step began from another step before than the one that is there."""
+    learned_from = content.get("teacher_checksum")  # older programs kept none
+    before = previous_checkpoint(opts, task)[0] if opts.step > 0 else path
+    if learned_from is None or not before.exists():
+        return
+    if learned_from != _weights_of(before, before.stat().st_mtime_ns):
+        raise UserError(
+            f"{path} was learned from another step {opts.step - 1} than {before}, which was "
+            "replaced since: nothing was changed; give another --name, or learn it again with "
+            "--restart"
+        )
 
 
 def _refuse_other(
@@ -107,6 +147,8 @@ def _refuse_other(
     if shared:  # methods share what they have in common at step 0
         without = (*_PLACE, "method", "mask", *(n for n in METHOD_FLAGS if n not in _AT_STEP_0))
         check_importances(content, path, opts)
+    if opts.step > 0:
+        without = (*without, "pretrained")
     found = differences(content, opts, kinds, without)
     images = opts.batch_size * distributed.world_size()
     if finished and content.get("images_per_iteration", images) != images:
@@ -120,6 +162,12 @@ def _refuse_other(
             f"nothing was changed; give {'--base another name' if shared else 'another --name'}, "
             "or replace it with --restart"
         )
+
+
+@cache
+def _weights_of(path: Path, changed: int) -> int:
+    """The checksum of a checkpoint's weights; `changed` is when the file was."""
+    return checksum(load(path, "put back what was there")["model_state"])
 
 
 def check_importances(content: Mapping[str, Any], path: Path, opts: Options) -> None:
@@ -165,8 +213,8 @@ def stored_rows(opts: Options) -> tuple[dict[str, Any], dict[str, Any]] | None:
 def stored_result(opts: Options) -> str:
     """A tested step's scores as the result files have them, a line each; empty where none are."""
     rows = stored_rows(opts)
-    values = {} if rows is None else rows[0] | rows[1]
-    known = {n: v for n, v in values.items() if isinstance(v, float) and n not in LENGTHS}
+    values, hidden = {} if rows is None else rows[0] | rows[1], (*LENGTHS, WEIGHTS)
+    known = {n: v for n, v in values.items() if isinstance(v, float) and n not in hidden}
     width = max(map(len, known), default=0)
     return "\n".join(f"{name:<{width}}  {value:.4f}" for name, value in known.items())
 
@@ -195,7 +243,21 @@ def as_trained(opts: Options) -> Options:
     name = (trained.name if opts.ckpt else opts.name) + suffix
     if name != opts.name:
         log.info("the result is filed under %s", name)
-    return replace(opts, **changes | {"method": method, "name": name, "ckpt": str(path)})
+    tested = replace(opts, **changes | {"method": method, "name": name, "ckpt": str(path)})
+    own = checkpoint_path(tested, trained.name, opts.step)
+    if opts.ckpt and not (own.exists() and path.samefile(own)):
+        _keep_row(tested, checksum(content["model_state"]))
+    return tested
+
+
+def _keep_row(opts: Options, weights: int) -> None:
+    """UserError where the test of a file from elsewhere would replace another network's result."""
+    rows = stored_rows(opts)
+    if rows is not None and rows[0].get(WEIGHTS, weights) != weights:
+        raise UserError(
+            f"the result of {opts.ckpt} would replace that of another network of the name "
+            f"{opts.name}: file it elsewhere with --logdir"
+        )
 
 
 def _taken_from(

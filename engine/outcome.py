@@ -24,10 +24,11 @@ from metrics.stream_metrics import Scores, StreamSegMetrics, score_rows, to_tabl
 from segmentation_module import IncrementalSegmentationModule, load_state
 from train import Classify, evaluate
 from utils import distributed
+from utils.checkpoint import checksum
 from utils.errors import printable
 from utils.logger import Logger
 from utils.pictures import confusion_figure
-from utils.results import write_results
+from utils.results import WEIGHTS, write_results
 
 log = logging.getLogger(__name__)
 TTA_SCALES = (0.75, 1.0, 1.25)
@@ -74,14 +75,14 @@ def test(
         scores = scores_of(context, context.scores(metrics))
         seconds = time.perf_counter() - begun
         journal.put({"test": scores | {"seconds": seconds}, "total_iterations": tested.iteration})
-        report(context, metrics, tested.iteration, data.list_lengths, logger)
+        report(context, metrics, tested, data.list_lengths, logger)
     if context.opts.tta:
         averaged, _ = evaluate(
             objective, evaluation_batches(context, loader, "test, averaged"), classes, device,
             averaging(context, tested),
         )  # fmt: skip
         if distributed.is_main():
-            report_averaged(context, averaged, data.list_lengths)
+            report_averaged(context, averaged, tested, data.list_lengths)
 
 
 def averaging(context: Context, tested: Tested) -> Classify:
@@ -99,12 +100,12 @@ def averaging(context: Context, tested: Tested) -> Classify:
 
 
 def report(
-    context: Context, metrics: StreamSegMetrics, iteration: int, list_lengths: tuple[int, int],
+    context: Context, metrics: StreamSegMetrics, tested: Tested, list_lengths: tuple[int, int],
     logger: Logger,
 ) -> None:  # fmt: skip
     """Print and write a tested step's scores."""
     names = [printable(name) for name in context.class_names]
-    scores = context.scores(metrics)
+    scores, iteration = context.scores(metrics), tested.iteration
     if context.opts.protocol == "plop":
         print("protocol plop: classes to come are background, which counts in old and all")
     print(to_table(names, scores), flush=True)
@@ -116,11 +117,11 @@ def report(
         metrics.confusion.cpu().numpy(), names, title=context.title, old=context.old_classes
     )
     logger.image("test/confusion", figure, iteration)
-    write_scores(context, context.opts, scores, list_lengths)
+    write_scores(context, context.opts, scores, tested, list_lengths)
 
 
 def report_averaged(
-    context: Context, metrics: StreamSegMetrics, list_lengths: tuple[int, int]
+    context: Context, metrics: StreamSegMetrics, tested: Tested, list_lengths: tuple[int, int]
 ) -> None:
     """Print and write the scores of `--tta`, apart from the plain ones."""
     scores = context.scores(metrics)
@@ -128,15 +129,17 @@ def report_averaged(
     print(f"\nAveraged over scales {scales}, each mirrored as well:", flush=True)
     print(to_table(list(map(printable, context.class_names)), scores), flush=True)
     opts = replace(context.opts, name=f"{context.opts.name}+tta")
-    write_scores(context, opts, scores, list_lengths)
+    write_scores(context, opts, scores, tested, list_lengths)
 
 
 def write_scores(
-    context: Context, opts: Options, scores: Scores, list_lengths: tuple[int, int]
+    context: Context, opts: Options, scores: Scores, tested: Tested, list_lengths: tuple[int, int]
 ) -> None:
     """Add a row to the result files, for the run that `opts` name."""
     in_head_order = [context.spec.class_names[i] for labels in context.task.steps for i in labels]
     write_results(
         Path(opts.logdir), setting(opts), result_key(opts), scores.iou.tolist(), scores.means(),
-        in_head_order, list_lengths, {"protocol": opts.protocol, "split": context.split},
+        in_head_order, list_lengths,
+        {"protocol": opts.protocol, "split": context.split,
+         WEIGHTS: str(checksum(tested.model.state_dict()))},
     )  # fmt: skip

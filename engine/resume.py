@@ -73,14 +73,19 @@ def load_resumed(context: Context) -> dict[str, Any] | None:
 
 
 def batch_counts(
-    context: Context, batches: TrainBatchSampler, images: IncrementalSegmentation
-) -> dict[str, int]:
-    """What must be the same for the position in an epoch to mean the same images."""
-    return {
+    context: Context, batches: TrainBatchSampler, images: IncrementalSegmentation,
+    previous: Mapping[str, Any],
+) -> dict[str, int]:  # fmt: skip
+    """What must be the same in a run that goes on: which images an epoch's positions mean, and, at
+    step > 0, the checkpoint of the step before."""
+    counts = {
         "images_per_iteration": context.opts.batch_size * distributed.world_size(),
         "iterations_per_epoch": batches.iterations_per_epoch,
         "images_checksum": images.checksum(),
     }
+    if previous:
+        counts["teacher_checksum"] = checkpoint.checksum(previous["model_state"])
+    return counts
 
 
 # What the rate of an iteration is computed from.
@@ -120,12 +125,18 @@ def restore(
     `counts` are the `batch_counts` of this run. Raises UserError where anything does not fit.
     """
     for what, mine in counts.items():
-        if content.get(what, mine) != mine:  # older programs kept no checksum
+        if content.get(what, mine) == mine:  # older programs kept no checksums
+            continue
+        if what == "teacher_checksum":
             raise UserError(
-                f"the checkpoint was written with {content[what]} {what.replace('_', ' ')}, this "
-                f"run has {mine}: use the same data, and a --batch_size that makes --batch_size x "
-                "processes what it was, or start the step over"
+                "the step before was learned again since this one began: put its checkpoint back, "
+                "or start the step over with --restart"
             )
+        raise UserError(
+            f"the checkpoint was written with {content[what]} {what.replace('_', ' ')}, this "
+            f"run has {mine}: use the same data, and a --batch_size that makes --batch_size x "
+            "processes what it was, or start the step over"
+        )
     load_state(learner.model, content["model_state"], "the checkpoint", "start the step over")
     with _of_these_flags():
         checkpoint.load_optimizer(learner.optimizer, content["optimizer_state"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,16 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
         )
     with atomic_write(path) as file:
         torch.save({"version": VERSION, **content}, file)
+
+
+def checksum(weights: Mapping[str, Tensor]) -> int:
+    """CRC-32 of named tensors, whatever their device, memory format and order."""
+    total = 0
+    for name in sorted(weights):
+        total = zlib.crc32(name.encode(), total)
+        values = weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        total = zlib.crc32(values.numpy().data, total)
+    return total
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from utils.files import atomic_write
 NO_GROUND_TRUTH = "X"
 LENGTHS = ("train_list", "val_list")
 KINDS = ("protocol", "split")
+WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ def write_results(
             `<index>:<name>`, empty where the step does not know the class yet.
         list_lengths: of the data set's train and val list, columns LENGTHS of the per-class file:
             they tell the real data from a toy set in its layout.
-        kinds: of the numbers, by the names in KINDS, in columns of both files: how they were
-            measured, and how training images were chosen. Of rows without them nothing is known.
+        kinds: of the numbers, by the names in KINDS and WEIGHTS, in columns of both files: how
+            they were measured, how training images were chosen, and the checksum of the network
+            that was tested. Of rows without them nothing is known.
 
     Raises:
         UserError: the disk is full, the folder not writable, or a file there is no result file.

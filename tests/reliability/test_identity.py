@@ -167,9 +167,62 @@ def test_a_test_of_another_method_is_refused(finished, toy, capsys):
     assert snapshot(finished) == before
 
 
-def unfinish(folder: Path) -> None:
-    content = torch.load(checkpoint_path(folder), weights_only=True)
-    torch.save({**content, "finished": False}, checkpoint_path(folder))
+def rows_of(folder: Path) -> dict[str, Any]:
+    (row,) = read_results(folder / "logs" / "results" / f"{SETTING}-agg.csv")
+    return row
+
+
+def test_a_row_of_earlier_weights_is_no_result(finished, toy):
+    """As after --restart, or after --test of an unfinished step, and a kill before the test."""
+    right = rows_of(finished)
+    content = torch.load(checkpoint_path(finished), weights_only=True)
+    other = {k: torch.zeros_like(v) for k, v in content["model_state"].items()}
+    torch.save({**content, "model_state": other}, checkpoint_path(finished))
+    assert run.main(command(toy, "--test")) == 0
+    assert rows_of(finished)["weights"] != right["weights"]
+    torch.save(content, checkpoint_path(finished))
+    assert run.main(command(toy)) == 0
+    assert rows_of(finished) == right
+
+
+def test_another_networks_row_is_not_replaced(finished, toy, tmp_path, capsys):
+    elsewhere = tmp_path / "elsewhere.pth"
+    content = torch.load(checkpoint_path(finished), weights_only=True)
+    torch.save(content, elsewhere)
+    assert run.main(command(toy, "--test", "--ckpt", elsewhere)) == 0  # a copy: the same result
+    content["model_state"]["cls.0.bias"] += 1
+    torch.save(content, elsewhere)
+    before = snapshot(finished)
+    assert run.main(command(toy, "--test", "--ckpt", elsewhere)) == 1
+    assert "would replace that of another network" in capsys.readouterr().err
+    assert snapshot(finished) == before
+    assert run.main(command(toy, "--test", "--ckpt", elsewhere, "--logdir", "other")) == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--continue_ckpt"]])
+def test_the_step_before_is_the_one_it_began_from(finished, toy, capsys, flags):
+    later = command(toy, "--regularizer", "ewc", "--step", 1, "--epochs", 1)
+    assert run.main(later) == 0
+    if flags:
+        unfinish(finished, 1)
+    else:
+        assert run.main(later) == 0  # finished: skipped
+    content = torch.load(checkpoint_path(finished), weights_only=True)
+    content["model_state"]["cls.0.bias"] += 1
+    torch.save(content, checkpoint_path(finished))
+    before = snapshot(finished)
+    capsys.readouterr()
+    assert run.main([*later, *flags, "--epochs", "2"] if flags else later) == 1
+    assert re.search("learned (again|from another)", capsys.readouterr().err)
+    after = snapshot(finished)
+    kept = [path for path in before if path.suffix in (".pth", ".csv", ".jsonl")]
+    assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
+    assert run.main([*later, "--restart"]) == 0
+
+
+def unfinish(folder: Path, step: int = 0) -> None:
+    content = torch.load(checkpoint_path(folder, step), weights_only=True)
+    torch.save({**content, "finished": False}, checkpoint_path(folder, step))
 
 
 @pytest.mark.parametrize(
