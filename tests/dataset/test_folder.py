@@ -21,6 +21,7 @@ from dataset.catalog import get_spec
 from dataset.check import check, main
 from dataset.folder import collect_samples
 from dataset.layout import read_layout
+from engine.checkpoint import check_fits
 from engine.plans import parse
 from tests.conftest import ROOT
 from tests.trees import PHOTOGRAPHS, mask_of, needs_photographs, write_pair
@@ -336,3 +337,18 @@ def test_photographs_as_own_data(tmp_path):
     lines, problems = check(tmp_path, ["15-5"])
     assert problems == []
     assert "20 classes, 803 train and 201 val images" in lines[0]
+
+
+def test_a_checkpoint_of_a_task_whose_steps_were_changed_is_of_another(own):
+    describe(own, tasks={"two": [["road", "car"], ["tree", "sign"]]})
+    flags = ["--dataset", "folder", "--data_root", str(own), "--task", "two", "--name", "r"]
+    (plan,) = parse(flags)
+    steps, spec = get_spec("folder", own).task("two").steps, get_spec("folder", own)
+    content = {
+        "options": plan.opts.record(), "steps": [list(steps[0])], "class_names": spec.class_names
+    }  # fmt: skip
+    check_fits(content, Path("r_0.pth"), plan.opts, steps[:1], spec.class_names)
+    describe(own, tasks={"two": [["road", "tree"], ["car", "sign"]]})
+    changed = get_spec("folder", own).task("two").steps
+    with pytest.raises(UserError, match="'two' with other steps: put them back in dataset.json"):
+        check_fits(content, Path("r_0.pth"), plan.opts, changed[:1], spec.class_names)
