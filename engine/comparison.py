@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -161,30 +161,57 @@ def read_runs(path: Path) -> dict[Setting, list[Run]]:
     overlap = match[3]
     usual = ("mib", usual_split(dataset, bool(overlap)))
     runs: dict[tuple[str, ...], dict[tuple[str, str, int], Run]] = defaultdict(dict)
-    most = 0
-    for row in results.read_results(path):
+    table = results.read_results(path)
+    channels = _channels(path, table[0] if table else ())
+    for row in table:
         if not 0 <= int(row["step"]) < MAX_STEPS:  # type: ignore[arg-type]
             raise UserError(f"{path} has a row of step {row['step']}: mend it")
         name, method = (printable(str(row[column])) for column in ("name", "method"))
         key = (name, method, int(row["seed"]))  # type: ignore[arg-type]
-        columns = {name: value for name, value in row.items() if re.match(r"\d+:", name)}
-        most = max(most, len(columns))
-        seen = [value for value in columns.values() if value is not None]
         kind = tuple(str(row.get(k) or old) for k, old in zip(results.KINDS, usual, strict=True))
         if kind[0] not in PROTOCOLS or kind[1] not in SPLITS:
             raise UserError(f"{path} has a row of {', '.join(kind)}: mend it")
         run = runs[kind].setdefault(key, Run(path, *key))
-        run.iou[int(row["step"])] = np.array(seen, dtype=np.float64)  # type: ignore[arg-type]
+        run.iou[int(row["step"])] = _iou(path, row, channels)  # type: ignore[arg-type]
         run.list_lengths = tuple(row.get(name) for name in results.LENGTHS)
-    if not most:
-        raise UserError(f"{path} has no class columns: name a per-class file, not one of means")
     by_setting: dict[Setting, list[Run]] = {}
     for kind, found in runs.items():
         _adopt_bases(list(found.values()))
-        sizes = _sizes(dataset, task, most, found.values())
+        sizes = _sizes(dataset, task, len(set(channels.values())), found.values())
         setting = Setting(dataset, task, bool(overlap), sizes, *kind)
         by_setting[setting] = list(found.values())
     return by_setting
+
+
+def _channels(path: Path, columns: Iterable[str]) -> dict[str, int]:
+    """Class column -> channel. A class that was renamed has a column for each of its names."""
+    matches = {column: results.CLASS_COLUMN.match(column) for column in columns}
+    found = {column: match[1] for column, match in matches.items() if match}
+    if not found:
+        raise UserError(f"{path} has no class columns: name a per-class file, not one of means")
+    known = set(found.values())
+    missing = next((t for t in range(len(known)) if str(t) not in known), None)
+    if missing is not None:
+        raise UserError(f"{path} has no class column {missing}:<name>, but a later one: mend it")
+    return {column: int(channel) for column, channel in found.items()}
+
+
+def _iou(path: Path, row: results.Result, channels: Mapping[str, int]) -> np.ndarray:
+    """IoU by channel, (C,) up to the last with a value; nan: no ground truth, or left empty."""
+    found: dict[int, float] = {}
+    for column, channel in channels.items():
+        value = row[column]
+        if not isinstance(value, float):  # not seen yet, or under the class's other name
+            continue
+        known = found.setdefault(channel, value)
+        if not np.array_equal(known, value, equal_nan=True):
+            raise UserError(
+                f"{path} has {known} and {value} for channel {channel} in the row "
+                f"{results.row_name(row)}: keep one"
+            )
+    iou = np.full(max(found, default=-1) + 1, math.nan)
+    iou[list(found)] = list(found.values())
+    return iou
 
 
 def _sizes(dataset: str, task: str, classes: int, runs: Iterable[Run]) -> tuple[int, ...]:

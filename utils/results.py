@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from utils.files import atomic_write
 NO_GROUND_TRUTH = "X"
 LENGTHS = ("train_list", "val_list")
 KINDS = ("protocol", "split")
+CLASS_COLUMN = re.compile("([0-9]+):")  # the channel, before the name of the class
+Result = dict[str, str | int | float | None]
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def write_results(
     _put(mean_file, key, dict(kinds or {}) | {name: _text(v) for name, v in means.items()})
 
 
-def read_results(path: Path) -> list[dict[str, str | int | float | None]]:
+def read_results(path: Path) -> list[Result]:
     """Rows of a result file, column name -> value, in the order of the file.
 
     name, method and KINDS: str; step, seed: int; else float, nan = no ground truth, None = not
@@ -83,6 +86,11 @@ def read_results(path: Path) -> list[dict[str, str | int | float | None]]:
         ]
     except ValueError as error:
         raise _damaged(path, error) from error
+
+
+def row_name(row: Mapping[str, object]) -> str:
+    """A row as a message names it: `MIB, MIB, step 1, seed 42`."""
+    return "{name}, {method}, step {step}, seed {seed}".format(**{k: row[k] for k in _KEYS})
 
 
 def _put(path: Path, key: ResultKey, values: Mapping[str, str]) -> None:
