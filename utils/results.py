@@ -80,12 +80,8 @@ def read_results(path: Path) -> list[Result]:
     """
     if not path.is_file():
         raise UserError(f"no result file {path}: test a step first, or name another file")
-    try:
-        return [
-            {column: _value(column, text) for column, text in row.items()} for row in _rows(path)
-        ]
-    except ValueError as error:
-        raise _damaged(path, error) from error
+    rows = _rows(path)
+    return [{column: _value(path, row, column) for column in row} for row in rows]
 
 
 def row_name(row: Mapping[str, object]) -> str:
@@ -125,7 +121,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
         raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def _damaged(path: Path, error: object) -> UserError:
     return UserError(f"{path} is not a result file ({error}): move it away or mend it")
 
 
@@ -134,11 +130,19 @@ def _text(value: float) -> str:
     return NO_GROUND_TRUTH if math.isnan(value) else repr(float(value))
 
 
-def _value(column: str, text: str) -> str | int | float | None:
+def _value(path: Path, row: Mapping[str, str], column: str) -> str | int | float | None:
+    text = row[column]
     if column in ("name", "method", *KINDS):
         return text
-    if column in ("step", "seed"):
-        return int(text)
-    if text in ("", NO_GROUND_TRUTH):
-        return math.nan if text else None
-    return float(text)
+    problem = f"{column} is {text!r} in the row {row_name(row)}"
+    try:
+        if column in ("step", "seed"):
+            return int(text)
+        if text in ("", NO_GROUND_TRUTH):
+            return math.nan if text else None
+        value = float(text)
+    except ValueError:
+        raise _damaged(path, problem) from None
+    if CLASS_COLUMN.match(column) and not (math.isnan(value) or 0 <= value <= 1):
+        raise _damaged(path, f"{problem}, an IoU is from 0 to 1")
+    return value

@@ -112,6 +112,22 @@ def test_a_damaged_file_is_named_and_kept(tmp_path, content):
         assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("value", ["78.5", "-0.1", "inf", "1.0000001", "half"])
+def test_what_is_no_iou_is_named(tmp_path, value):
+    path, _ = result_files(tmp_path, "voc-19-1")
+    path.parent.mkdir()
+    header = "name,method,step,seed,train_list,0:background,1:person,2:sofa"
+    path.write_text(f"{header}\na,FT,0,42,10582,0.0,nan,\na,FT,1,42,10582,1.0,{value},X\n")
+    found = rf"voc-19-1\.csv .*1:person is '{value}' in the row a, FT, step 1, seed 42"
+    with pytest.raises(UserError, match=found):
+        read_results(path)
+    path.write_text(path.read_text().replace(value, "1"))
+    assert [row["1:person"] for row in read_results(path)] == [
+        pytest.approx(math.nan, nan_ok=True),
+        1,
+    ]
+
+
 def test_an_empty_file_counts_as_none_and_a_missing_one_is_an_error(tmp_path):
     path, _ = result_files(tmp_path, "voc-19-1")
     with pytest.raises(UserError, match="no result file"):
