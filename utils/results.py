@@ -8,6 +8,7 @@ import csv
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,11 +77,14 @@ def read_results(path: Path) -> list[Result]:
 
     name, method and KINDS: str; step, seed: int; else float, nan = no ground truth, None = not
     seen yet.
-    Raises UserError if the file is missing or damaged.
+    Raises UserError if the file is missing or damaged, or has two rows of one key.
     """
     if not path.is_file():
         raise UserError(f"no result file {path}: test a step first, or name another file")
     rows = _rows(path)
+    for name, count in Counter(map(row_name, rows)).most_common(1):
+        if count > 1:  # pasted together: a run replaces its row
+            raise UserError(f"{path} has two rows {name}: keep one, or put them into two files")
     return [{column: _value(path, row, column) for column in row} for row in rows]
 
 

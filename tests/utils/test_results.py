@@ -112,6 +112,18 @@ def test_a_damaged_file_is_named_and_kept(tmp_path, content):
         assert path.read_bytes() == content
 
 
+def test_two_rows_of_one_key_are_refused(tmp_path):
+    """No run writes them: files were pasted together, and nobody knows which one counts."""
+    path, _ = result_files(tmp_path, "voc-19-1")
+    path.parent.mkdir()
+    text = "name,method,step,seed,0:background\na,FT,1,42,0.5\na,FT,1,43,0.5\na,FT,1,42,0.6\n"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"voc-19-1\.csv has two rows a, FT, step 1, seed 42: "):
+        read_results(path)
+    write(tmp_path, "voc-19-1", ResultKey("b", "FT", 0, 1), scores_of(2), NAMES)
+    assert len(table(path)) == 5  # what a run has computed is kept all the same
+
+
 @pytest.mark.parametrize("value", ["78.5", "-0.1", "inf", "1.0000001", "half"])
 def test_what_is_no_iou_is_named(tmp_path, value):
     path, _ = result_files(tmp_path, "voc-19-1")
