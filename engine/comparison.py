@@ -131,7 +131,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
         files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
         found += [file for file in files if not file.stem.endswith("-agg")]
     if not found:
-        where = ", ".join(map(str, paths))
+        where = ", ".join(f"the folder {path}" if path.is_dir() else str(path) for path in paths)
         raise UserError(f"no per-class result file in {where}: test a step first (-agg: means)")
     return list(dict.fromkeys(found))
 

@@ -404,8 +404,9 @@ def test_curves_of_one_name_are_told_apart(tmp_path):
     ("path", "message"),
     [
         ("gone", "no result file or folder"),
-        (".", "no per-class result file in"),
-        ("results/voc-15-5-agg.csv", "no per-class result file in"),
+        (".", "no per-class result file in the folder .:"),
+        ("results/voc-15-5-agg.csv", "no per-class result file in results/voc-15-5-agg.csv"),
+        ("voc-15-5-ov.csv", "no per-class result file in the folder voc-15-5-ov.csv:"),
         ("notes.csv", "notes.csv is not called <dataset>-<task>.csv"),
         ("a-b.csv", "is not a result file"),
     ],
@@ -413,9 +414,10 @@ def test_curves_of_one_name_are_told_apart(tmp_path):
 def test_what_is_no_result_is_one_line(tmp_path, capsys, monkeypatch, path, message):
     put_15_5(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in ("notes.csv", "a-b.csv"):
-        if path == name:
-            Path(name).write_text("a,b\n1,2\n")
+    if path == "voc-15-5-ov.csv":
+        Path(path).mkdir()
+    elif path in ("notes.csv", "a-b.csv"):
+        Path(path).write_text("a,b\n1,2\n")
     assert main([path]) == 1
     error = capsys.readouterr().err
     assert message in error

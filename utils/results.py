@@ -79,6 +79,8 @@ def read_results(path: Path) -> list[Result]:
     seen yet.
     Raises UserError if the file is missing or damaged, or has two rows of one key.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a result file: move it away, or name another")
     if not path.is_file():
         raise UserError(f"no result file {path}: test a step first, or name another file")
     rows = _rows(path)
@@ -116,17 +118,35 @@ def _rows(path: Path) -> list[dict[str, str]]:
     try:
         # utf-8-sig: a spreadsheet program may have put a byte-order mark in front.
         with path.open(newline="", encoding="utf-8-sig") as file:
-            header, *rows = list(csv.reader(file, strict=True)) or [list(_KEYS)]
-        rows = [row for row in rows if row]  # an editor may have left a blank line
-        if header[: len(_KEYS)] != list(_KEYS):
-            raise ValueError(f"the first columns are not {', '.join(_KEYS)}")
-        return [dict(zip(header, row, strict=True)) for row in rows]
+            reader = csv.reader(file, strict=True)
+            header = next(reader, list(_KEYS))
+            _check_header(path, header)
+            rows = []
+            for row in filter(None, reader):  # an editor may have left a blank line
+                if len(row) != len(header):
+                    counts = f"{len(row)} fields, the header {len(header)}"
+                    raise ValueError(f"line {reader.line_num} has {counts}")
+                rows.append(dict(zip(header, row, strict=True)))
+            return rows
+    except UnicodeDecodeError as error:
+        raise _damaged(path, "no UTF-8 text in it", "save it as UTF-8, or move it away") from error
     except (ValueError, csv.Error) as error:
         raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: object) -> UserError:
-    return UserError(f"{path} is not a result file ({error}): move it away or mend it")
+def _check_header(path: Path, header: Sequence[str]) -> None:
+    if len(header) == 1 and ";" in header[0]:
+        cure = "save it with commas, or move it away"
+        raise _damaged(path, "semicolons between its fields", cure)
+    if list(header[: len(_KEYS)]) != list(_KEYS):
+        raise ValueError(f"the first columns are not {', '.join(_KEYS)}")
+    for name, count in Counter(filter(None, header)).most_common(1):
+        if count > 1:
+            raise ValueError(f"two columns are called {name!r}")
+
+
+def _damaged(path: Path, error: object, cure: str = "move it away or mend it") -> UserError:
+    return UserError(f"{path} is not a result file ({error}): {cure}")
 
 
 def _text(value: float) -> str:

@@ -112,6 +112,49 @@ def test_a_damaged_file_is_named_and_kept(tmp_path, content):
         assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("step,seed,mean_iou\na,FT,1,42,0.5\n\na,FT\n", "line 4 has 2 fields, the header 5"),
+        ("step,seed\na,FT,1,42,0.5\n", "line 2 has 5 fields, the header 4"),
+        ("step,seed,1:a,1:a\na,FT,1,42,0.5,0.6\n", "two columns are called '1:a'"),
+        ("step,seed,,\na,FT,1,42,,\n", None),  # a spreadsheet program's empty columns
+    ],
+)
+def test_rows_and_columns_that_do_not_fit_are_named(tmp_path, content, message):
+    path = tmp_path / "voc-19-1.csv"
+    path.write_text(f"name,method,{content}")
+    if message is None:
+        assert len(read_results(path)) == 1
+    else:
+        with pytest.raises(UserError, match=f"is not a result file .{message}.: move it away or"):
+            read_results(path)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "separator", "message"),
+    [
+        ("utf-16", ",", "no UTF-8 text in it): save it as UTF-8"),
+        ("latin-1", ",", "no UTF-8 text in it): save it as UTF-8"),
+        ("utf-8", ";", "semicolons between its fields): save it with commas"),
+    ],
+)
+def test_how_a_spreadsheet_program_saved_it_is_told(tmp_path, encoding, separator, message):
+    path = tmp_path / "voc-19-1.csv"
+    lines = (["name", "method", "step", "seed", "0:ä"], ["a", "FT", "1", "42", "0,5"])
+    path.write_text("".join(separator.join(line) + "\n" for line in lines), encoding=encoding)
+    with pytest.raises(UserError) as caught:
+        read_results(path)
+    assert str(caught.value) == f"{path} is not a result file ({message}, or move it away"
+
+
+def test_a_folder_in_the_place_of_a_file_is_called_one(tmp_path):
+    path = tmp_path / "voc-19-1.csv"
+    path.mkdir()
+    with pytest.raises(UserError, match=r"voc-19-1\.csv is a folder, not a result file: "):
+        read_results(path)
+
+
 def test_two_rows_of_one_key_are_refused(tmp_path):
     """No run writes them: files were pasted together, and nobody knows which one counts."""
     path, _ = result_files(tmp_path, "voc-19-1")
