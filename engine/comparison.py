@@ -15,7 +15,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -254,9 +254,9 @@ def _adopt_bases(runs: Sequence[Run]) -> None:
 
 
 def _rows(setting: Setting, runs: Sequence[Run]) -> list[Row]:
-    """Runs that differ in their seed alone become one row; equal seeds are told apart by folder.
+    """Runs that differ in their seed alone become one row, equal seeds a row each.
 
-    `MIB-seed7`, the name that run.py gives a run of seed 7, is `MIB` here.
+    In a shared row `MIB-seed7`, the name that run.py gives a run of seed 7, is `MIB`.
     """
     together: dict[tuple[str, str, int], list[Run]] = defaultdict(list)
     for run in runs:
@@ -267,14 +267,26 @@ def _rows(setting: Setting, runs: Sequence[Run]) -> list[Row]:
         if len({run.seed for run in found}) == len(found):
             rows.append(Row(setting, name, tuple(found)))
         else:
-            rows += [Row(setting, f"{name} ({run.source.parent})", (run,)) for run in found]
+            rows += [Row(setting, run.name, (run,)) for run in found]
     order = list(METHODS)
 
     def place(row: Row) -> tuple[int, str]:
         method = row.runs[0].method
         return order.index(method) if method in order else len(order), row.label
 
-    return sorted(rows, key=place)
+    return sorted(_told_apart(rows), key=place)
+
+
+def _told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Where rows of several folders share a label, the folder stands behind it."""
+    folders = [", ".join(sorted({str(run.source.parent) for run in row.runs})) for row in rows]
+    places = defaultdict(set)
+    for row, folder in zip(rows, folders, strict=True):
+        places[row.label].add(folder)
+    return [
+        replace(row, label=f"{row.label} ({folder})") if len(places[row.label]) > 1 else row
+        for row, folder in zip(rows, folders, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------- scoring

@@ -229,6 +229,9 @@ def test_names_that_run_py_gives_to_seeds_are_one_row(tmp_path, capsys):
         ["MIB", "MIB", "42 7"],
         ["MIB-seed9", "MIB", "8"],
     ]
+    put_15_5(tmp_path, "MIB", seed=7)  # no longer seeds of one run, and each has its own name
+    text = report(capsys, tmp_path / "results", "--format", "markdown")
+    assert [row[0] for row in rows(text)[1:]] == ["MIB", "MIB", "MIB-seed7", "MIB-seed9"]
 
 
 def test_one_seed_in_two_folders_is_two_rows(tmp_path, capsys):
@@ -238,6 +241,20 @@ def test_one_seed_in_two_folders_is_two_rows(tmp_path, capsys):
     _, first, second = rows(text)
     assert (first[0], first[4]) == (f"MIB ({tmp_path / 'a/results'})", "60.0")
     assert (second[0], second[4]) == (f"MIB ({tmp_path / 'b/results'})", "70.0")
+
+
+def test_rows_of_one_label_are_told_apart_by_folder(tmp_path, capsys):
+    """Of another last step, or another method."""
+    put_15_5(tmp_path / "a", "FT", method="FT")
+    put(tmp_path / "b", "voc-15-5", "FT", 0, [0.9] + [0.8] * 15, method="FT")
+    put(tmp_path / "c", "voc-15-5", "FT", 0, [0.9] + [0.7] * 15, method="none", seed=7)
+    put_15_5(tmp_path / "c", "MIB")
+    folders = [tmp_path / name / "results" for name in "abc"]
+    _, *table = rows(report(capsys, *folders, "--format", "markdown"))
+    labels = [f"FT ({folder})" for folder in folders]
+    assert sorted(row[0] for row in table) == [*labels, "MIB"]
+    ((setting, found),) = collect(find_files(folders)).items()
+    assert sorted(run.label for run in curves_of(setting, found)) == [*labels, "MIB"]
 
 
 def test_a_shared_step_0_is_found_and_named(tmp_path, capsys):
