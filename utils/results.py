@@ -83,11 +83,11 @@ def read_results(path: Path) -> list[Result]:
         raise UserError(f"{path} is a folder, not a result file: move it away, or name another")
     if not path.is_file():
         raise UserError(f"no result file {path}: test a step first, or name another file")
-    rows = _rows(path)
+    rows = [{column: _value(path, row, column) for column in row} for row in _rows(path)]
     for name, count in Counter(map(row_name, rows)).most_common(1):
         if count > 1:  # pasted together: a run replaces its row
             raise UserError(f"{path} has two rows {name}: keep one, or put them into two files")
-    return [{column: _value(path, row, column) for column in row} for row in rows]
+    return rows
 
 
 def row_name(row: Mapping[str, object]) -> str:

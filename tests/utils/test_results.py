@@ -159,7 +159,7 @@ def test_two_rows_of_one_key_are_refused(tmp_path):
     """No run writes them: files were pasted together, and nobody knows which one counts."""
     path, _ = result_files(tmp_path, "voc-19-1")
     path.parent.mkdir()
-    text = "name,method,step,seed,0:background\na,FT,1,42,0.5\na,FT,1,43,0.5\na,FT,1,42,0.6\n"
+    text = "name,method,step,seed,0:background\na,FT,1,42,0.5\na,FT,1,43,0.5\na,FT,01,42,0.6\n"
     path.write_text(text)
     with pytest.raises(UserError, match=r"voc-19-1\.csv has two rows a, FT, step 1, seed 42: "):
         read_results(path)
