@@ -27,6 +27,9 @@ from utils.errors import UserError, guess
 FILE = "dataset.json"
 MAX_CLASSES = 254  # with label 0; on reading, 254 marks foreign labels and 255 ignored pixels
 
+# No names for tasks: files of a task end in its name, and in -agg or -ov; offline is all at once.
+TAKEN = ("agg", "offline", "ov")
+
 
 def _refusing(problems_of: Callable[[Any, ValidationInfo], list[str]]) -> AfterValidator:
     """A validator of one key; the function may look at the valid keys above it in `info.data`."""
@@ -88,8 +91,9 @@ def _share_problems(share: float | None, info: ValidationInfo) -> list[str]:
 def _task_problems(tasks: dict[str, list[list[Any]]], info: ValidationInfo) -> list[str]:
     found = []
     for name, steps in tasks.items():
-        if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) or name == "offline":
-            found.append(f"task {name!r}: use letters, digits and _, a letter first, not 'offline'")
+        if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) or name in TAKEN:
+            taken = ", ".join(map(repr, TAKEN))
+            found.append(f"task {name!r}: use letters, digits and _, a letter first, not {taken}")
         if "classes" in info.data:
             problems = _step_problems(steps, info.data["classes"])
             found += [f"task {name!r}: {problem}" for problem in problems]

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
         files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
         found += [file for file in files if not file.stem.endswith("-agg")]
     if not found:
-        where = ", ".join(map(str, paths))
+        where = ", ".join(f"the folder {path}" if path.is_dir() else str(path) for path in paths)
         raise UserError(f"no per-class result file in {where}: test a step first (-agg: means)")
     return list(dict.fromkeys(found))
 
@@ -161,30 +161,57 @@ def read_runs(path: Path) -> dict[Setting, list[Run]]:
     overlap = match[3]
     usual = ("mib", usual_split(dataset, bool(overlap)))
     runs: dict[tuple[str, ...], dict[tuple[str, str, int], Run]] = defaultdict(dict)
-    most = 0
-    for row in results.read_results(path):
+    table = results.read_results(path)
+    channels = _channels(path, table[0] if table else ())
+    for row in table:
         if not 0 <= int(row["step"]) < MAX_STEPS:  # type: ignore[arg-type]
             raise UserError(f"{path} has a row of step {row['step']}: mend it")
         name, method = (printable(str(row[column])) for column in ("name", "method"))
         key = (name, method, int(row["seed"]))  # type: ignore[arg-type]
-        columns = {name: value for name, value in row.items() if re.match(r"\d+:", name)}
-        most = max(most, len(columns))
-        seen = [value for value in columns.values() if value is not None]
         kind = tuple(str(row.get(k) or old) for k, old in zip(results.KINDS, usual, strict=True))
         if kind[0] not in PROTOCOLS or kind[1] not in SPLITS:
             raise UserError(f"{path} has a row of {', '.join(kind)}: mend it")
         run = runs[kind].setdefault(key, Run(path, *key))
-        run.iou[int(row["step"])] = np.array(seen, dtype=np.float64)  # type: ignore[arg-type]
+        run.iou[int(row["step"])] = _iou(path, row, channels)  # type: ignore[arg-type]
         run.list_lengths = tuple(row.get(name) for name in results.LENGTHS)
-    if not most:
-        raise UserError(f"{path} has no class columns: name a per-class file, not one of means")
     by_setting: dict[Setting, list[Run]] = {}
     for kind, found in runs.items():
         _adopt_bases(list(found.values()))
-        sizes = _sizes(dataset, task, most, found.values())
+        sizes = _sizes(dataset, task, len(set(channels.values())), found.values())
         setting = Setting(dataset, task, bool(overlap), sizes, *kind)
         by_setting[setting] = list(found.values())
     return by_setting
+
+
+def _channels(path: Path, columns: Iterable[str]) -> dict[str, int]:
+    """Class column -> channel. A class that was renamed has a column for each of its names."""
+    matches = {column: results.CLASS_COLUMN.match(column) for column in columns}
+    found = {column: match[1] for column, match in matches.items() if match}
+    if not found:
+        raise UserError(f"{path} has no class columns: name a per-class file, not one of means")
+    known = set(found.values())
+    missing = next((t for t in range(len(known)) if str(t) not in known), None)
+    if missing is not None:
+        raise UserError(f"{path} has no class column {missing}:<name>, but a later one: mend it")
+    return {column: int(channel) for column, channel in found.items()}
+
+
+def _iou(path: Path, row: results.Result, channels: Mapping[str, int]) -> np.ndarray:
+    """IoU by channel, (C,) up to the last with a value; nan: no ground truth, or left empty."""
+    found: dict[int, float] = {}
+    for column, channel in channels.items():
+        value = row[column]
+        if not isinstance(value, float):  # not seen yet, or under the class's other name
+            continue
+        known = found.setdefault(channel, value)
+        if not np.array_equal(known, value, equal_nan=True):
+            raise UserError(
+                f"{path} has {known} and {value} for channel {channel} in the row "
+                f"{results.row_name(row)}: keep one"
+            )
+    iou = np.full(max(found, default=-1) + 1, math.nan)
+    iou[list(found)] = list(found.values())
+    return iou
 
 
 def _sizes(dataset: str, task: str, classes: int, runs: Iterable[Run]) -> tuple[int, ...]:
@@ -227,9 +254,9 @@ def _adopt_bases(runs: Sequence[Run]) -> None:
 
 
 def _rows(setting: Setting, runs: Sequence[Run]) -> list[Row]:
-    """Runs that differ in their seed alone become one row; equal seeds are told apart by folder.
+    """Runs that differ in their seed alone become one row, equal seeds a row each.
 
-    `MIB-seed7`, the name that run.py gives a run of seed 7, is `MIB` here.
+    In a shared row `MIB-seed7`, the name that run.py gives a run of seed 7, is `MIB`.
     """
     together: dict[tuple[str, str, int], list[Run]] = defaultdict(list)
     for run in runs:
@@ -240,14 +267,26 @@ def _rows(setting: Setting, runs: Sequence[Run]) -> list[Row]:
         if len({run.seed for run in found}) == len(found):
             rows.append(Row(setting, name, tuple(found)))
         else:
-            rows += [Row(setting, f"{name} ({run.source.parent})", (run,)) for run in found]
+            rows += [Row(setting, run.name, (run,)) for run in found]
     order = list(METHODS)
 
     def place(row: Row) -> tuple[int, str]:
         method = row.runs[0].method
         return order.index(method) if method in order else len(order), row.label
 
-    return sorted(rows, key=place)
+    return sorted(_told_apart(rows), key=place)
+
+
+def _told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Where rows of several folders share a label, the folder stands behind it."""
+    folders = [", ".join(sorted({str(run.source.parent) for run in row.runs})) for row in rows]
+    places = defaultdict(set)
+    for row, folder in zip(rows, folders, strict=True):
+        places[row.label].add(folder)
+    return [
+        replace(row, label=f"{row.label} ({folder})") if len(places[row.label]) > 1 else row
+        for row, folder in zip(rows, folders, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------- scoring

@@ -229,6 +229,9 @@ def test_names_that_run_py_gives_to_seeds_are_one_row(tmp_path, capsys):
         ["MIB", "MIB", "42 7"],
         ["MIB-seed9", "MIB", "8"],
     ]
+    put_15_5(tmp_path, "MIB", seed=7)  # no longer seeds of one run, and each has its own name
+    text = report(capsys, tmp_path / "results", "--format", "markdown")
+    assert [row[0] for row in rows(text)[1:]] == ["MIB", "MIB", "MIB-seed7", "MIB-seed9"]
 
 
 def test_one_seed_in_two_folders_is_two_rows(tmp_path, capsys):
@@ -238,6 +241,20 @@ def test_one_seed_in_two_folders_is_two_rows(tmp_path, capsys):
     _, first, second = rows(text)
     assert (first[0], first[4]) == (f"MIB ({tmp_path / 'a/results'})", "60.0")
     assert (second[0], second[4]) == (f"MIB ({tmp_path / 'b/results'})", "70.0")
+
+
+def test_rows_of_one_label_are_told_apart_by_folder(tmp_path, capsys):
+    """Of another last step, or another method."""
+    put_15_5(tmp_path / "a", "FT", method="FT")
+    put(tmp_path / "b", "voc-15-5", "FT", 0, [0.9] + [0.8] * 15, method="FT")
+    put(tmp_path / "c", "voc-15-5", "FT", 0, [0.9] + [0.7] * 15, method="none", seed=7)
+    put_15_5(tmp_path / "c", "MIB")
+    folders = [tmp_path / name / "results" for name in "abc"]
+    _, *table = rows(report(capsys, *folders, "--format", "markdown"))
+    labels = [f"FT ({folder})" for folder in folders]
+    assert sorted(row[0] for row in table) == [*labels, "MIB"]
+    ((setting, found),) = collect(find_files(folders)).items()
+    assert sorted(run.label for run in curves_of(setting, found)) == [*labels, "MIB"]
 
 
 def test_a_shared_step_0_is_found_and_named(tmp_path, capsys):
@@ -268,6 +285,59 @@ def test_own_tasks_are_cut_as_their_rows_show(tmp_path, capsys):
     put(tmp_path, "folder-3-2", "a", 1, [0.5, 0.4, 0.4, 0.4, 0.1, 0.1], classes=classes)
     _, row = rows(report(capsys, tmp_path / "results/folder-3-2.csv", "--format", "markdown"))
     assert row[3:6] == ["1/1", "40.0", "10.0"]
+
+
+def shuffle_columns(path: Path, order: list[int]) -> None:
+    """Puts the class columns of a result file in another order."""
+    table = [row.split(",") for row in path.read_text().splitlines()]
+    first = next(at for at, name in enumerate(table[0]) if name.startswith("0:"))
+    table = [row[:first] + [row[first + at] for at in order] for row in table]
+    path.write_text("".join(",".join(row) + "\n" for row in table))
+
+
+def test_class_columns_are_taken_by_their_number(tmp_path, capsys):
+    """Not by their place: a class was renamed between two runs, columns were moved by hand."""
+    first = ["ground", "gras", "path", "tree", "pond"]
+    for name, classes in (("before", first), ("after", ["ground", "grass", *first[2:]])):
+        for step in range(2):
+            iou = [0.5, 0.8, 0.6, 0.2, 0.1][: 3 + 2 * step]
+            put(tmp_path, "folder-2-1", name, step, iou, classes=classes)
+            put(tmp_path, "folder-traffic", name, step, iou, classes=classes)
+    shuffle_columns(tmp_path / "results/folder-traffic.csv", [4, 2, 5, 0, 3, 1])
+    for task, step in (("2-1", "1/2"), ("traffic", "1/1")):
+        path = tmp_path / f"results/folder-{task}.csv"
+        _, *table = rows(report(capsys, path, "--format", "markdown"))
+        assert [row[0] for row in table] == ["after", "before"]
+        assert [row[3:7] for row in table] == [[step, "70.0", "15.0", "42.5"]] * 2
+
+
+def test_an_empty_field_is_a_class_without_ground_truth(tmp_path, capsys):
+    """And moves none of the others."""
+    path = tmp_path / "voc-15-5.csv"
+    header = ",".join(f"{channel}:c" for channel in range(21))
+    values = ["0.5", "", "nan", *["0.8"] * 13, *["0.2"] * 5]
+    path.write_text(f"name,method,step,seed,{header}\na,FT,1,42,{','.join(values)}\n")
+    _, row = rows(report(capsys, path, "--format", "markdown"))
+    assert row[4:7] == ["80.0", "20.0", f"{100 * (13 * 0.8 + 5 * 0.2) / 18:.1f}"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "values", "message"),
+    [
+        ("0:a,1:b,1:c", "0.5,0.4,0.3", "has 0.4 and 0.3 for channel 1 in the row a, FT, step 0, "),
+        ("0:a,1:b,3:d", "0.5,0.4,0.3", "has no class column 2:"),
+        ("0:a,99999999999:b", "0.5,0.4", "has no class column 1:"),
+    ],
+)
+def test_class_columns_that_contradict_each_other_are_refused(
+    tmp_path, capsys, columns, values, message
+):
+    path = tmp_path / "voc-15-5-ov.csv"
+    path.write_text(f"name,method,step,seed,{columns}\na,FT,0,42,{values}\n")
+    assert main([str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path} {message}")
+    assert error.count("\n") == 1
 
 
 def test_the_numbers_are_the_paper_s(shared):
@@ -351,8 +421,9 @@ def test_curves_of_one_name_are_told_apart(tmp_path):
     ("path", "message"),
     [
         ("gone", "no result file or folder"),
-        (".", "no per-class result file in"),
-        ("results/voc-15-5-agg.csv", "no per-class result file in"),
+        (".", "no per-class result file in the folder .:"),
+        ("results/voc-15-5-agg.csv", "no per-class result file in results/voc-15-5-agg.csv"),
+        ("voc-15-5-ov.csv", "no per-class result file in the folder voc-15-5-ov.csv:"),
         ("notes.csv", "notes.csv is not called <dataset>-<task>.csv"),
         ("a-b.csv", "is not a result file"),
     ],
@@ -360,9 +431,10 @@ def test_curves_of_one_name_are_told_apart(tmp_path):
 def test_what_is_no_result_is_one_line(tmp_path, capsys, monkeypatch, path, message):
     put_15_5(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in ("notes.csv", "a-b.csv"):
-        if path == name:
-            Path(name).write_text("a,b\n1,2\n")
+    if path == "voc-15-5-ov.csv":
+        Path(path).mkdir()
+    elif path in ("notes.csv", "a-b.csv"):
+        Path(path).write_text("a,b\n1,2\n")
     assert main([path]) == 1
     error = capsys.readouterr().err
     assert message in error

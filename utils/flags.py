@@ -189,6 +189,8 @@ def several(known: Collection[str], upper: bool = False) -> Callable[[str], Any]
     def convert(text: str) -> str:
         words = (text.upper() if upper else text.lower()).split(",")
         for word, typed in zip(words, text.split(","), strict=True):
+            if not word.strip():
+                raise argparse.ArgumentTypeError("an empty name: a comma too many?")
             if word not in known:
                 raise argparse.ArgumentTypeError(
                     f"{typed!r} is none of {', '.join(known)}{guess(word, known)}"

@@ -7,6 +7,8 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ NO_GROUND_TRUTH = "X"
 LENGTHS = ("train_list", "val_list")
 KINDS = ("protocol", "split")
 WEIGHTS = "weights"
+CLASS_COLUMN = re.compile("([0-9]+):")  # the channel, before the name of the class
+Result = dict[str, str | int | float | None]
 
 
 @dataclass(frozen=True)
@@ -70,21 +74,27 @@ def write_results(
     _put(mean_file, key, dict(kinds or {}) | {name: _text(v) for name, v in means.items()})
 
 
-def read_results(path: Path) -> list[dict[str, str | int | float | None]]:
+def read_results(path: Path) -> list[Result]:
     """Rows of a result file, column name -> value, in the order of the file.
 
     name, method and KINDS: str; step, seed: int; else float, nan = no ground truth, None = not
     seen yet.
-    Raises UserError if the file is missing or damaged.
+    Raises UserError if the file is missing or damaged, or has two rows of one key.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a result file: move it away, or name another")
     if not path.is_file():
         raise UserError(f"no result file {path}: test a step first, or name another file")
-    try:
-        return [
-            {column: _value(column, text) for column, text in row.items()} for row in _rows(path)
-        ]
-    except ValueError as error:
-        raise _damaged(path, error) from error
+    rows = [{column: _value(path, row, column) for column in row} for row in _rows(path)]
+    for name, count in Counter(map(row_name, rows)).most_common(1):
+        if count > 1:  # pasted together: a run replaces its row
+            raise UserError(f"{path} has two rows {name}: keep one, or put them into two files")
+    return rows
+
+
+def row_name(row: Mapping[str, object]) -> str:
+    """A row as a message names it: `MIB, MIB, step 1, seed 42`."""
+    return "{name}, {method}, step {step}, seed {seed}".format(**{k: row[k] for k in _KEYS})
 
 
 def _put(path: Path, key: ResultKey, values: Mapping[str, str]) -> None:
@@ -110,17 +120,35 @@ def _rows(path: Path) -> list[dict[str, str]]:
     try:
         # utf-8-sig: a spreadsheet program may have put a byte-order mark in front.
         with path.open(newline="", encoding="utf-8-sig") as file:
-            header, *rows = list(csv.reader(file, strict=True)) or [list(_KEYS)]
-        rows = [row for row in rows if row]  # an editor may have left a blank line
-        if header[: len(_KEYS)] != list(_KEYS):
-            raise ValueError(f"the first columns are not {', '.join(_KEYS)}")
-        return [dict(zip(header, row, strict=True)) for row in rows]
+            reader = csv.reader(file, strict=True)
+            header = next(reader, list(_KEYS))
+            _check_header(path, header)
+            rows = []
+            for row in filter(None, reader):  # an editor may have left a blank line
+                if len(row) != len(header):
+                    counts = f"{len(row)} fields, the header {len(header)}"
+                    raise ValueError(f"line {reader.line_num} has {counts}")
+                rows.append(dict(zip(header, row, strict=True)))
+            return rows
+    except UnicodeDecodeError as error:
+        raise _damaged(path, "no UTF-8 text in it", "save it as UTF-8, or move it away") from error
     except (ValueError, csv.Error) as error:
         raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is not a result file ({error}): move it away or mend it")
+def _check_header(path: Path, header: Sequence[str]) -> None:
+    if len(header) == 1 and ";" in header[0]:
+        cure = "save it with commas, or move it away"
+        raise _damaged(path, "semicolons between its fields", cure)
+    if list(header[: len(_KEYS)]) != list(_KEYS):
+        raise ValueError(f"the first columns are not {', '.join(_KEYS)}")
+    for name, count in Counter(filter(None, header)).most_common(1):
+        if count > 1:
+            raise ValueError(f"two columns are called {name!r}")
+
+
+def _damaged(path: Path, error: object, cure: str = "move it away or mend it") -> UserError:
+    return UserError(f"{path} is not a result file ({error}): {cure}")
 
 
 def _text(value: float) -> str:
@@ -128,11 +156,19 @@ def _text(value: float) -> str:
     return NO_GROUND_TRUTH if math.isnan(value) else repr(float(value))
 
 
-def _value(column: str, text: str) -> str | int | float | None:
+def _value(path: Path, row: Mapping[str, str], column: str) -> str | int | float | None:
+    text = row[column]
     if column in ("name", "method", *KINDS):
         return text
-    if column in ("step", "seed"):
-        return int(text)
-    if text in ("", NO_GROUND_TRUTH):
-        return math.nan if text else None
-    return float(text)
+    problem = f"{column} is {text!r} in the row {row_name(row)}"
+    try:
+        if column in ("step", "seed"):
+            return int(text)
+        if text in ("", NO_GROUND_TRUTH):
+            return math.nan if text else None
+        value = float(text)
+    except ValueError:
+        raise _damaged(path, problem) from None
+    if CLASS_COLUMN.match(column) and not (math.isnan(value) or 0 <= value <= 1):
+        raise _damaged(path, f"{problem}, an IoU is from 0 to 1")
+    return value

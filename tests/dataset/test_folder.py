@@ -142,6 +142,8 @@ BROKEN = [
     ({"clases": []}, "unknown key 'clases' .did you mean classes.., use background, classes"),
     ({"tasks": []}, r"'tasks' is \[\]: input should be a valid dictionary"),
     ({"tasks": {"a-b": [[1, 2, 3, 4]]}}, "task 'a-b': use letters"),
+    ({"tasks": {"agg": [[1, 2, 3, 4]]}}, "task 'agg': .* not 'agg', 'offline', 'ov'"),
+    ({"tasks": {"ov": [[1, 2, 3, 4]]}}, "task 'ov': use letters"),
     ({"tasks": {"t": [1]}}, "'tasks.t.0' is 1: input should be a valid list"),
     ({"tasks": {"t": [[True, 2, 3, 4]]}}, "task 't': True is neither a class name nor a label"),
     ({"tasks": {"t": [["road", 1, 9, "bus"], []]}},

@@ -112,6 +112,77 @@ def test_a_damaged_file_is_named_and_kept(tmp_path, content):
         assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("step,seed,mean_iou\na,FT,1,42,0.5\n\na,FT\n", "line 4 has 2 fields, the header 5"),
+        ("step,seed\na,FT,1,42,0.5\n", "line 2 has 5 fields, the header 4"),
+        ("step,seed,1:a,1:a\na,FT,1,42,0.5,0.6\n", "two columns are called '1:a'"),
+        ("step,seed,,\na,FT,1,42,,\n", None),  # a spreadsheet program's empty columns
+    ],
+)
+def test_rows_and_columns_that_do_not_fit_are_named(tmp_path, content, message):
+    path = tmp_path / "voc-19-1.csv"
+    path.write_text(f"name,method,{content}")
+    if message is None:
+        assert len(read_results(path)) == 1
+    else:
+        with pytest.raises(UserError, match=f"is not a result file .{message}.: move it away or"):
+            read_results(path)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "separator", "message"),
+    [
+        ("utf-16", ",", "no UTF-8 text in it): save it as UTF-8"),
+        ("latin-1", ",", "no UTF-8 text in it): save it as UTF-8"),
+        ("utf-8", ";", "semicolons between its fields): save it with commas"),
+    ],
+)
+def test_how_a_spreadsheet_program_saved_it_is_told(tmp_path, encoding, separator, message):
+    path = tmp_path / "voc-19-1.csv"
+    lines = (["name", "method", "step", "seed", "0:ä"], ["a", "FT", "1", "42", "0,5"])
+    path.write_text("".join(separator.join(line) + "\n" for line in lines), encoding=encoding)
+    with pytest.raises(UserError) as caught:
+        read_results(path)
+    assert str(caught.value) == f"{path} is not a result file ({message}, or move it away"
+
+
+def test_a_folder_in_the_place_of_a_file_is_called_one(tmp_path):
+    path = tmp_path / "voc-19-1.csv"
+    path.mkdir()
+    with pytest.raises(UserError, match=r"voc-19-1\.csv is a folder, not a result file: "):
+        read_results(path)
+
+
+def test_two_rows_of_one_key_are_refused(tmp_path):
+    """No run writes them: files were pasted together, and nobody knows which one counts."""
+    path, _ = result_files(tmp_path, "voc-19-1")
+    path.parent.mkdir()
+    text = "name,method,step,seed,0:background\na,FT,1,42,0.5\na,FT,1,43,0.5\na,FT,01,42,0.6\n"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"voc-19-1\.csv has two rows a, FT, step 1, seed 42: "):
+        read_results(path)
+    write(tmp_path, "voc-19-1", ResultKey("b", "FT", 0, 1), scores_of(2), NAMES)
+    assert len(table(path)) == 5  # what a run has computed is kept all the same
+
+
+@pytest.mark.parametrize("value", ["78.5", "-0.1", "inf", "1.0000001", "half"])
+def test_what_is_no_iou_is_named(tmp_path, value):
+    path, _ = result_files(tmp_path, "voc-19-1")
+    path.parent.mkdir()
+    header = "name,method,step,seed,train_list,0:background,1:person,2:sofa"
+    path.write_text(f"{header}\na,FT,0,42,10582,0.0,nan,\na,FT,1,42,10582,1.0,{value},X\n")
+    found = rf"voc-19-1\.csv .*1:person is '{value}' in the row a, FT, step 1, seed 42"
+    with pytest.raises(UserError, match=found):
+        read_results(path)
+    path.write_text(path.read_text().replace(value, "1"))
+    assert [row["1:person"] for row in read_results(path)] == [
+        pytest.approx(math.nan, nan_ok=True),
+        1,
+    ]
+
+
 def test_an_empty_file_counts_as_none_and_a_missing_one_is_an_error(tmp_path):
     path, _ = result_files(tmp_path, "voc-19-1")
     with pytest.raises(UserError, match="no result file"):
