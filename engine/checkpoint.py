@@ -120,6 +120,8 @@ def check_fits(
         return
     stored = [list(labels) for labels in content["steps"]]
     agrees = stored == [list(labels) for labels in steps]
+    # Own data has tasks that are the user's to change.
+    changed = " with other steps" if theirs["task"] == opts.task else ""
     wrong = (
         ("dataset", theirs["dataset"], opts.dataset),
         ("step", len(stored) - 1, len(steps) - 1),
@@ -127,7 +129,7 @@ def check_fits(
         ("output_stride", theirs.get("output_stride", opts.output_stride), opts.output_stride),
         # In-place norms take |w| + eps for w: the same weights are another network.
         ("norm_act", _family(theirs.get("norm_act", opts.norm_act)), _family(opts.norm_act)),
-        ("task", opts.task if agrees else theirs["task"], opts.task),
+        ("task", opts.task if agrees else theirs["task"] + changed, opts.task),
     )
     for what, found, wanted in wrong:
         if found != wanted:
@@ -135,11 +137,6 @@ def check_fits(
                 f"{path} is of {what} {found}, but {what} {wanted} is asked for: name another "
                 f"checkpoint or the {what} it was trained with"
             )
-    if not agrees:  # own data, whose tasks are the user's to change
-        raise UserError(
-            f"{path} is of a task {opts.task!r} with other steps: put them back in dataset.json, "
-            "or give the task another name"
-        )
     if list(content.get("class_names", class_names)) != list(class_names):
         raise UserError(f"{path} is of other classes than this dataset's: name another checkpoint")
 

@@ -91,7 +91,7 @@ def state(opts: Options) -> str:
     if opts.restart or opts.test:
         return NEW
     spec = get_spec(opts.dataset, opts.data_root)
-    task, shared = spec.task(opts.task), opts.base is not None and opts.step == 0
+    task, shared = spec.task(opts.task), _is_shared(opts)
     path = base_checkpoint(opts, task) if shared else own_checkpoint(opts)
     if not path.exists():
         return NEW
@@ -110,16 +110,21 @@ def state(opts: Options) -> str:
     return DONE if _is_tested(content, path, opts) else CONCLUDED
 
 
+def _is_shared(opts: Options) -> bool:
+    """Whether the step is a step 0 that runs share under `--base`."""
+    return opts.base is not None and opts.step == 0
+
+
 def _is_tested(content: Mapping[str, Any], path: Path, opts: Options) -> bool:
     """Whether the stored result is of the weights that lie there, not of earlier ones.
 
     A step 0 that another task learned has its result there.
     """
-    rows = stored_rows(opts)
-    if rows is None:
-        return path != own_checkpoint(opts)
-    tested = rows[0].get(WEIGHTS)  # rows of older programs do not say
-    return tested is None or tested == checksum(content["model_state"])
+    if path != own_checkpoint(opts):
+        return True
+    per_class, means = (_rows(file, opts) for file in _files(opts))
+    weights = checksum(content["model_state"])  # rows of older programs do not say of which
+    return bool(means) and any(row.get(WEIGHTS) in (None, weights) for row in per_class)
 
 
 def _refuse_other_teacher(
@@ -200,14 +205,23 @@ def check_teacher(content: Mapping[str, Any], path: Path, opts: Options) -> None
 
 def stored_rows(opts: Options) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """The step's rows of the two result files; None where one is missing."""
-    key, found = asdict(result_key(opts)), []
-    for path in result_files(Path(opts.logdir), setting(opts)):
-        rows = read_results(path) if path.exists() else []
-        match = [row for row in rows if key.items() <= row.items()]
-        if not match:
-            return None
-        found.append({name: value for name, value in match[0].items() if name not in key})
-    return found[0], found[1]
+    per_class, means = (_rows(path, opts) for path in _files(opts))
+    return (per_class[0], means[0]) if per_class and means else None
+
+
+def _files(opts: Options) -> tuple[Path, Path]:
+    return result_files(Path(opts.logdir), setting(opts))
+
+
+def _rows(path: Path, opts: Options) -> list[dict[str, Any]]:
+    """The step's rows of a result file, without their key; a shared step 0 is any method's."""
+    key = asdict(result_key(opts))
+    wanted = {k: v for k, v in key.items() if k != "method" or not _is_shared(opts)}
+    rows = read_results(path) if path.exists() else []
+    return [
+        {name: value for name, value in row.items() if name not in key}
+        for row in rows if wanted.items() <= row.items()
+    ]  # fmt: skip
 
 
 def stored_result(opts: Options) -> str:
@@ -217,6 +231,17 @@ def stored_result(opts: Options) -> str:
     known = {n: v for n, v in values.items() if isinstance(v, float) and n not in hidden}
     width = max(map(len, known), default=0)
     return "\n".join(f"{name:<{width}}  {value:.4f}" for name, value in known.items())
+
+
+def to_be_tested(opts: Options) -> Options:
+    """The options that test a step which was learned to its end.
+
+    Going on with it does, and draws its summary as well; a shared step 0 may be another method's,
+    which nothing goes on with.
+    """
+    if _is_shared(opts):
+        return as_trained(replace(opts, test=True, continue_ckpt=False))
+    return replace(opts, continue_ckpt=True, ckpt=None)
 
 
 def as_trained(opts: Options) -> Options:
@@ -230,7 +255,7 @@ def as_trained(opts: Options) -> Options:
     content = load(path, "train the step first, or name a checkpoint with --ckpt")
     if "options" not in content:
         return opts
-    shared = opts.base is not None and opts.step == 0 and not opts.ckpt
+    shared = _is_shared(opts) and not opts.ckpt
     for name, theirs, ours in differences(content, opts, ("identity",), _PLACE):
         if name in opts.typed and not shared:
             raise UserError(

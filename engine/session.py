@@ -26,7 +26,15 @@ from engine.build import Training, build_data, build_training, start_workers
 from engine.comparison import collect
 from engine.context import Context
 from engine.fit import fit
-from engine.identity import CONCLUDED, DONE, as_trained, state, state_for_all, stored_result
+from engine.identity import (
+    CONCLUDED,
+    DONE,
+    as_trained,
+    state,
+    state_for_all,
+    stored_result,
+    to_be_tested,
+)
 from engine.journal import Journal
 from engine.logs import TrainingLog, open_journal, open_logger
 from engine.outcome import Tested, load_tested, test
@@ -151,7 +159,7 @@ def run_plan(plan: Plan, device: torch.device) -> bool:
             log.info("step %d of %s was finished meanwhile", opts.step, opts.name)
             return False
         if found == CONCLUDED:  # learned, and stopped before its result was written
-            opts = replace(opts, continue_ckpt=True, ckpt=None)
+            opts = to_be_tested(opts)
             context = replace(context, opts=opts)
         stack.enter_context(stop_requests())
         announce_step(context, data)

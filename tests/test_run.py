@@ -242,6 +242,11 @@ def test_a_whole_task_shares_step_0_and_skips_what_is_finished(toy, tmp_path, mo
     assert start(toy, *task, "--name", "m", "--method", "MIB") == 0  # its row is of an older run
     assert torch.load(checkpoint_file(tmp_path, "m", 1), weights_only=True)["finished"]
 
+    shutil.rmtree(tmp_path / "logs")  # the shared step is MIB's, and tested again for FT
+    assert start(toy, *task, "--name", "f", "--method", "FT") == 0
+    rows = read_results(tmp_path / "logs" / "results" / f"{SETTING}-agg.csv")
+    assert [(r["name"], r["step"]) for r in rows] == [("b", 0), ("f", 0), ("f", 1)]
+
 
 @pytest.mark.parametrize("flags", [("--method", "FT"), ("--method", "MIB", "--random_seed", "7")])
 def test_a_run_does_not_go_on_with_the_checkpoint_of_another(work, toy, capsys, flags):

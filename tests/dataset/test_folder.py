@@ -352,5 +352,5 @@ def test_a_checkpoint_of_a_task_whose_steps_were_changed_is_of_another(own):
     check_fits(content, Path("r_0.pth"), plan.opts, steps[:1], spec.class_names)
     describe(own, tasks={"two": [["road", "tree"], ["car", "sign"]]})
     changed = get_spec("folder", own).task("two").steps
-    with pytest.raises(UserError, match="'two' with other steps: put them back in dataset.json"):
+    with pytest.raises(UserError, match="is of task two with other steps, but task two"):
         check_fits(content, Path("r_0.pth"), plan.opts, changed[:1], spec.class_names)
