@@ -20,7 +20,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dataset.layout import FILE
 from engine.predictor import Predictor, Segmented, View, add_reference_flags, load_predictor
 from utils import streams
 from utils.errors import UserError
@@ -54,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         opts = parse(sys.argv[1:] if argv is None else list(argv))
         view = View(opts.size, opts.window, opts.scales, opts.flip, opts.batch_size)
+        jobs = plan(opts.inputs, opts.out)
         predictor = load_predictor(
             opts.ckpt, opts.device, dataset=opts.dataset, task=opts.task, step=opts.step,
             backbone=opts.backbone,
         )  # fmt: skip
-        jobs = plan(opts.inputs, opts.out)
         print(f"{predictor.summary}; {len(jobs)} images, on {predictor.device}")
         errors = run(predictor, jobs, view, opts)
     except UserError as error:
@@ -103,7 +104,7 @@ def plan(inputs: Sequence[Path], out: Path) -> list[Job]:
 
     With several folders, each keeps its name below the output folders. Two images of one name but
     different suffixes keep these. Raises UserError where an input is missing or empty, where two
-    results would have one name, and where a result would overwrite an input.
+    results would have one name, and where a result would overwrite an input or a data set's mask.
     """
     folders = [path for path in inputs if path.is_dir()]
     outputs = {(out / name).resolve() for name in FOLDERS}
@@ -127,10 +128,7 @@ def plan(inputs: Sequence[Path], out: Path) -> list[Job]:
             other = jobs[job.name].source
             raise UserError(f"{other} and {source} have one name: use two --out folders")
         jobs[job.name] = job
-    for job in jobs.values():
-        for target in targets(job, out).values():
-            if target.resolve() in sources:
-                raise UserError(f"{target} is an input: choose another --out")
+    _check_out(out, sources, jobs.values())
     return list(jobs.values())
 
 
@@ -147,6 +145,23 @@ def _pictures(folder: Path, outputs: set[Path]) -> list[Path]:
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]  # fmt: skip
     return found
+
+
+def _check_out(out: Path, sources: Container[Path], jobs: Iterable[Job]) -> None:
+    """UserError where a result would take the place of one of the sources or of a true mask.
+
+    A folder that `dataset.json` describes may keep its masks anywhere; one without may become a
+    data set in the layout of own data, where images/x.png has the mask masks/x.png.
+    """
+    described = (out / FILE).exists()
+    for job in jobs:
+        if described or job.source.parent.resolve() == (out / "images" / job.name.parent).resolve():
+            raise UserError(
+                f"{out} holds a data set, whose masks could be lost: choose another --out"
+            )
+        for target in targets(job, out).values():
+            if target.resolve() in sources:
+                raise UserError(f"{target} is an input: choose another --out")
 
 
 def targets(job: Job, out: Path) -> dict[str, Path]:

@@ -123,6 +123,25 @@ def test_its_own_results_are_no_input_and_inputs_stay(ckpt, tmp_path, capsys):
     assert (tmp_path / "masks/x.png").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("given", "described"),
+    [("images", True), ("x.png", True), ("images", False), ("images/x.png", False)],
+)
+def test_true_masks_of_a_data_set_stay(ckpt, tmp_path, given, described, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "load_predictor", None)  # refused before anything is computed
+    for name in ("images/x.png", "masks/x.png", "x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(64, 64).save(tmp_path / name)
+    before = (tmp_path / "masks/x.png").read_bytes()
+    if described:
+        (tmp_path / "dataset.json").write_text("{}")
+    assert run(ckpt, tmp_path, tmp_path / given) == 1
+    error = capsys.readouterr().err
+    assert "holds a data set, whose masks could be lost: choose another --out" in error
+    assert error.count("\n") == 1
+    assert (tmp_path / "masks/x.png").read_bytes() == before
+
+
 def test_several_folders_keep_their_names_and_clashes_are_refused(ckpt, tmp_path, capsys):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
