@@ -16,6 +16,7 @@ import utils.uncaught  # noqa: F401  before any library
 
 # isort: split
 import argparse
+import errno
 import os
 import sys
 import warnings
@@ -112,6 +113,8 @@ def plan(inputs: Sequence[Path], out: Path) -> list[Job]:
     for path in inputs:
         if not path.exists():
             raise UserError(f"no image or folder {path}: check the name")
+        if _never_ends(path):
+            raise UserError(f"{path} is no file: name images, or folders of images")
         prefix = Path(path.resolve().name) if len(folders) > 1 else Path()
         found = _pictures(path, outputs) if path in folders else [path]
         if not found:
@@ -143,8 +146,14 @@ def _pictures(folder: Path, outputs: set[Path]) -> list[Path]:
         found += [
             Path(root) / name for name in sorted(names)
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+            and not _never_ends(Path(root) / name)
         ]  # fmt: skip
     return found
+
+
+def _never_ends(path: Path) -> bool:
+    """Whether it is a pipe or a device; a link to nowhere is not, and is told when it is read."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _check_out(out: Path, sources: Container[Path], jobs: Iterable[Job]) -> None:
@@ -179,7 +188,7 @@ def targets(job: Job, out: Path) -> dict[str, Path]:
 def run(
     predictor: Predictor, jobs: Sequence[Job], view: View, opts: argparse.Namespace
 ) -> list[str]:
-    """Segment all images; returns a line for each that could not be read."""
+    """Segment all images; returns a line for each that could not be."""
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     errors: list[str] = []
     sizes: dict[Job, tuple[int, int]] = {}
@@ -195,16 +204,34 @@ def run(
         print(f"windows of {windows[large[0]]} pixels for {len(large)} images{why}")
     with bar(desc="images", total=len(sizes), unit="image") as shown:
         for batch in batches(sizes, opts.batch_size, large):
-            images = {}
-            for job in batch:
-                try:
-                    images[job] = np.asarray(read_rgb(job.source))
-                except UserError as error:
-                    errors.append(str(error))
-            found = predictor.segment(list(images.values()), view, opts.scores)
-            for (job, image), result in zip(images.items(), found, strict=True):
-                write(predictor, targets(job, opts.out), image, result)
+            errors += segment(predictor, batch, view, opts)
             shown.update(len(batch))
+    return errors
+
+
+def segment(
+    predictor: Predictor, batch: Sequence[Job], view: View, opts: argparse.Namespace
+) -> list[str]:
+    """Segment images of one size and write the results; returns a line for each that failed.
+
+    A name too long for the results is the affair of its image alone; any other failure to write
+    would meet the next image, too, and is raised.
+    """
+    errors: list[str] = []
+    images: dict[Job, np.ndarray] = {}
+    for job in batch:
+        try:
+            images[job] = np.asarray(read_rgb(job.source))
+        except UserError as error:
+            errors.append(str(error))
+    found = predictor.segment(list(images.values()), view, opts.scores)
+    for (job, image), result in zip(images.items(), found, strict=True):
+        try:
+            write(predictor, targets(job, opts.out), image, result)
+        except UserError as error:
+            if getattr(error.__cause__, "errno", None) != errno.ENAMETOOLONG:
+                raise
+            errors.append(f"{job.source}: File name too long for its results: rename it")
     return errors
 
 
