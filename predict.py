@@ -32,8 +32,8 @@ from PIL import Image
 from dataset.layout import FILE
 from engine.predictor import Predictor, Segmented, View, add_reference_flags, load_predictor
 from utils import streams
-from utils.errors import UserError
-from utils.files import atomic_write
+from utils.errors import UserError, in_a_line
+from utils.files import atomic_write, real
 from utils.flags import Parser, number
 from utils.images import SUFFIXES, read_rgb, read_size
 from utils.pictures import overlay, palette
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         print(f"{predictor.summary}; {len(jobs)} images, on {predictor.device}")
         errors = run(predictor, jobs, view, opts)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {in_a_line(error)}", file=sys.stderr)
         return 1
     for line in errors:
         print(f"error: {line}", file=sys.stderr)
@@ -108,20 +108,20 @@ def plan(inputs: Sequence[Path], out: Path) -> list[Job]:
     results would have one name, and where a result would overwrite an input or a data set's mask.
     """
     folders = [path for path in inputs if path.is_dir()]
-    outputs = {(out / name).resolve() for name in FOLDERS}
+    outputs = {real(out / name) for name in FOLDERS}
     sources: dict[Path, tuple[Path, Path]] = {}  # real path -> path as given, name with suffix
     for path in inputs:
         if not path.exists():
             raise UserError(f"no image or folder {path}: check the name")
         if _never_ends(path):
             raise UserError(f"{path} is no file: name images, or folders of images")
-        prefix = Path(path.resolve().name) if len(folders) > 1 else Path()
+        prefix = Path(real(path).name) if len(folders) > 1 else Path()
         found = _pictures(path, outputs) if path in folders else [path]
         if not found:
             raise UserError(f"no picture in {path} (looked for {', '.join(SUFFIXES)})")
         for file in found:
             name = prefix / file.relative_to(path) if path in folders else Path(file.name)
-            sources.setdefault(file.resolve(), (file, name))
+            sources.setdefault(real(file), (file, name))
     stems = Counter(name.with_suffix("") for _, name in sources.values())
     jobs: dict[Path, Job] = {}
     for source, name in sources.values():
@@ -141,7 +141,7 @@ def _pictures(folder: Path, outputs: set[Path]) -> list[Path]:
     for root, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(
             name for name in subfolders
-            if not name.startswith(".") and (Path(root) / name).resolve() not in outputs
+            if not name.startswith(".") and real(Path(root) / name) not in outputs
         )  # fmt: skip
         found += [
             Path(root) / name for name in sorted(names)
@@ -164,12 +164,12 @@ def _check_out(out: Path, sources: Container[Path], jobs: Iterable[Job]) -> None
     """
     described = (out / FILE).exists()
     for job in jobs:
-        if described or job.source.parent.resolve() == (out / "images" / job.name.parent).resolve():
+        if described or real(job.source.parent) == real(out / "images" / job.name.parent):
             raise UserError(
                 f"{out} holds a data set, whose masks could be lost: choose another --out"
             )
         for target in targets(job, out).values():
-            if target.resolve() in sources:
+            if real(target) in sources:
                 raise UserError(f"{target} is an input: choose another --out")
 
 

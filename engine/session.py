@@ -36,7 +36,7 @@ from engine.resume import load_resumed
 from engine.tables import as_text
 from utils import distributed, workers
 from utils.compiled import check_compiler, reset_compiler
-from utils.errors import UserError
+from utils.errors import UserError, in_a_line
 from utils.files import check_writable
 from utils.lock import run_lock
 from utils.logger import Logger, setup_console
@@ -235,6 +235,5 @@ def explain(error: Exception) -> str | None:
     if "Too many open files" in str(error):
         return "no more files may be opened: raise the limit (ulimit -n), or lower --num_workers"
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"the system refuses, {where}{error.strerror}; --debug shows where in the program"
+        return f"{in_a_line(error)}; --debug shows where in the program"
     return None

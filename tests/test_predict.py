@@ -192,6 +192,11 @@ def test_several_folders_keep_their_names_and_clashes_are_refused(ckpt, tmp_path
     ("arguments", "message"),
     [
         (["gone.png"], "no image or folder gone.png: check the name"),
+        (["loop.png"], "no image or folder loop.png: check the name"),
+        (["links"], "links/loop.png cannot be read ("),
+        (["x" * 300], "the system refuses, " + "x" * 300 + ": File name too long"),
+        (["x.png", "--ckpt", "x" * 300], "File name too long"),
+        (["x.png", "--out", "loop.png"], "cannot write loop.png/masks/x.png: "),
         (["."], "no picture in ."),
         (["x.png", "--scales", "0"], "--scales: 0 is out of range (at least 0.1, at most 10)"),
         (["x.png", "--batch_size", "0"], "--batch_size: 0 is out of range (at least 1)"),
@@ -205,6 +210,9 @@ def test_what_cannot_work_is_one_line(ckpt, tmp_path, arguments, message, capsys
     monkeypatch.chdir(tmp_path)
     if arguments[0] != ".":
         picture(64, 64).save("x.png")
+        Path("links").mkdir()
+        for place in ("loop.png", "links/loop.png"):
+            Path(place).symlink_to("loop.png")
     assert run(ckpt, Path("out"), *arguments) == 1
     captured = capsys.readouterr()
     assert message in captured.err

@@ -22,6 +22,11 @@ def is_file_name(name: object) -> bool:
         return False
 
 
+def real(path: Path) -> Path:
+    """`path.resolve()` that a link to itself does not stop: it is left as it is."""
+    return Path(os.path.realpath(path))
+
+
 def check_writable(folder: Path) -> None:
     """UserError unless files can be made in a folder or, if it is missing, the folder itself."""
     there = folder
