@@ -59,7 +59,9 @@ def execute(plans: Sequence[Plan], argv: Sequence[str] = ()) -> int:
         print("interrupted", file=sys.stderr)
         distributed.shutdown(failed=True)
         return 128 + signal.SIGINT
-    except (UserError, distributed.PeerStopped, RuntimeError, OSError, EOFError) as error:
+    except (
+        UserError, distributed.PeerStopped, RuntimeError, OSError, EOFError, MemoryError
+    ) as error:  # fmt: skip
         if debug:
             log.exception("stopped")
         if not isinstance(error, distributed.PeerStopped):  # rank 0 says itself why it stopped
@@ -228,6 +230,8 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU has no memory left: lower --batch_size, or see docs/questions.md"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "no memory left: lower --crop_size, --batch_size or --num_workers"
     if distributed.lost_peer(error):
         return "another process of this run is gone, see what it said"
     if workers.lost(error):
