@@ -69,25 +69,27 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yield a seekable binary file that takes the place of `path` once it is complete.
 
     The content goes to `.<name>.tmp` beside the target, is flushed to the disk and then renamed;
-    missing folders are made. After any exception the target is as it was before.
+    missing folders are made. After any exception the target is as it was before. A link stays: what
+    it leads to is the target, which others may share.
 
     Raises:
         UserError: an OSError in here (disk full, no permission), even when the library that wrote
             to the file turned it into an exception of its own.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
+        target = real(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.tmp")
         with _open_exclusive(temporary) as file:
             try:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(temporary, path)
+                os.replace(temporary, target)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-        _sync_folder(path.parent)
+        _sync_folder(target.parent)
     except Exception as error:
         cause = _first_os_error(error)
         if cause is None:

@@ -32,6 +32,34 @@ def test_replaces_the_target_and_leaves_nothing_else(tmp_path):
     assert os.listdir(path.parent) == ["file"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, there):
+    link, target = tmp_path / "here" / "link", tmp_path / "shared" / "file"
+    link.parent.mkdir()
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "here" / "next").symlink_to("../shared/file")
+    link.symlink_to("next")
+    if there:
+        target.write_bytes(b"old")
+    with atomic_write(link) as file:
+        file.write(b"new")
+        assert sorted(os.listdir(target.parent)) == [".file.tmp"] + ["file"] * there
+    assert link.is_symlink()
+    assert target.read_bytes() == link.read_bytes() == b"new"
+    assert sorted(os.listdir(target.parent) + os.listdir(link.parent)) == ["file", "link", "next"]
+
+
+def test_a_linked_folder_and_a_link_to_itself(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "linked").symlink_to("disk")
+    (tmp_path / "disk/loop").symlink_to("loop")
+    for name in ("new/file", "loop"):
+        with atomic_write(tmp_path / "linked" / name) as file:
+            file.write(b"new")
+        assert (tmp_path / "disk" / name).read_bytes() == b"new"
+    assert (tmp_path / "linked").is_symlink()
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_keeps_the_target(tmp_path, error):
     path = tmp_path / "file"
