@@ -33,8 +33,8 @@ from engine.predictor import Predictor, add_reference_flags, load_predictor
 from modules.folding import FoldedHead, fold_body
 from utils import streams
 from utils.constants import IMAGENET_MEAN, IMAGENET_STD
-from utils.errors import UserError
-from utils.files import atomic_write, check_writable
+from utils.errors import UserError, in_a_line
+from utils.files import atomic_write, check_writable, real
 from utils.flags import Parser
 from utils.version import VERSION
 
@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         print(predictor.summary)
         print(export(predictor, opts.out))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {in_a_line(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -109,7 +109,7 @@ def check_target(out: Path, ckpt: Path) -> None:
         raise UserError(f"--out {out}: its suffix chooses the format, {' or '.join(SUFFIXES)}")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: add the name of a file")
-    if out.resolve() == ckpt.resolve():
+    if real(out) == real(ckpt):
         raise UserError(f"--out {out} is the checkpoint: choose another name")
     check_writable(out.parent)
 

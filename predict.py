@@ -16,11 +16,12 @@ import utils.uncaught  # noqa: F401  before any library
 
 # isort: split
 import argparse
+import errno
 import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -28,10 +29,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dataset.layout import FILE
 from engine.predictor import Predictor, Segmented, View, add_reference_flags, load_predictor
 from utils import streams
-from utils.errors import UserError
-from utils.files import atomic_write
+from utils.errors import UserError, in_a_line
+from utils.files import atomic_write, real
 from utils.flags import Parser, number
 from utils.images import SUFFIXES, read_rgb, read_size
 from utils.pictures import overlay, palette
@@ -54,15 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         opts = parse(sys.argv[1:] if argv is None else list(argv))
         view = View(opts.size, opts.window, opts.scales, opts.flip, opts.batch_size)
+        jobs = plan(opts.inputs, opts.out)
         predictor = load_predictor(
             opts.ckpt, opts.device, dataset=opts.dataset, task=opts.task, step=opts.step,
             backbone=opts.backbone,
         )  # fmt: skip
-        jobs = plan(opts.inputs, opts.out)
         print(f"{predictor.summary}; {len(jobs)} images, on {predictor.device}")
         errors = run(predictor, jobs, view, opts)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {in_a_line(error)}", file=sys.stderr)
         return 1
     for line in errors:
         print(f"error: {line}", file=sys.stderr)
@@ -103,21 +105,23 @@ def plan(inputs: Sequence[Path], out: Path) -> list[Job]:
 
     With several folders, each keeps its name below the output folders. Two images of one name but
     different suffixes keep these. Raises UserError where an input is missing or empty, where two
-    results would have one name, and where a result would overwrite an input.
+    results would have one name, and where a result would overwrite an input or a data set's mask.
     """
     folders = [path for path in inputs if path.is_dir()]
-    outputs = {(out / name).resolve() for name in FOLDERS}
+    outputs = {real(out / name) for name in FOLDERS}
     sources: dict[Path, tuple[Path, Path]] = {}  # real path -> path as given, name with suffix
     for path in inputs:
         if not path.exists():
             raise UserError(f"no image or folder {path}: check the name")
-        prefix = Path(path.resolve().name) if len(folders) > 1 else Path()
+        if _never_ends(path):
+            raise UserError(f"{path} is no file: name images, or folders of images")
+        prefix = Path(real(path).name) if len(folders) > 1 else Path()
         found = _pictures(path, outputs) if path in folders else [path]
         if not found:
             raise UserError(f"no picture in {path} (looked for {', '.join(SUFFIXES)})")
         for file in found:
             name = prefix / file.relative_to(path) if path in folders else Path(file.name)
-            sources.setdefault(file.resolve(), (file, name))
+            sources.setdefault(real(file), (file, name))
     stems = Counter(name.with_suffix("") for _, name in sources.values())
     jobs: dict[Path, Job] = {}
     for source, name in sources.values():
@@ -127,10 +131,7 @@ def plan(inputs: Sequence[Path], out: Path) -> list[Job]:
             other = jobs[job.name].source
             raise UserError(f"{other} and {source} have one name: use two --out folders")
         jobs[job.name] = job
-    for job in jobs.values():
-        for target in targets(job, out).values():
-            if target.resolve() in sources:
-                raise UserError(f"{target} is an input: choose another --out")
+    _check_out(out, sources, jobs.values())
     return list(jobs.values())
 
 
@@ -140,13 +141,36 @@ def _pictures(folder: Path, outputs: set[Path]) -> list[Path]:
     for root, subfolders, names in os.walk(folder):
         subfolders[:] = sorted(
             name for name in subfolders
-            if not name.startswith(".") and (Path(root) / name).resolve() not in outputs
+            if not name.startswith(".") and real(Path(root) / name) not in outputs
         )  # fmt: skip
         found += [
             Path(root) / name for name in sorted(names)
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+            and not _never_ends(Path(root) / name)
         ]  # fmt: skip
     return found
+
+
+def _never_ends(path: Path) -> bool:
+    """Whether it is a pipe or a device; a link to nowhere is not, and is told when it is read."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _check_out(out: Path, sources: Container[Path], jobs: Iterable[Job]) -> None:
+    """UserError where a result would take the place of one of the sources or of a true mask.
+
+    A folder that `dataset.json` describes may keep its masks anywhere; one without may become a
+    data set in the layout of own data, where images/x.png has the mask masks/x.png.
+    """
+    described = (out / FILE).exists()
+    for job in jobs:
+        if described or real(job.source.parent) == real(out / "images" / job.name.parent):
+            raise UserError(
+                f"{out} holds a data set, whose masks could be lost: choose another --out"
+            )
+        for target in targets(job, out).values():
+            if real(target) in sources:
+                raise UserError(f"{target} is an input: choose another --out")
 
 
 def targets(job: Job, out: Path) -> dict[str, Path]:
@@ -164,7 +188,7 @@ def targets(job: Job, out: Path) -> dict[str, Path]:
 def run(
     predictor: Predictor, jobs: Sequence[Job], view: View, opts: argparse.Namespace
 ) -> list[str]:
-    """Segment all images; returns a line for each that could not be read."""
+    """Segment all images; returns a line for each that could not be."""
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     errors: list[str] = []
     sizes: dict[Job, tuple[int, int]] = {}
@@ -180,16 +204,34 @@ def run(
         print(f"windows of {windows[large[0]]} pixels for {len(large)} images{why}")
     with bar(desc="images", total=len(sizes), unit="image") as shown:
         for batch in batches(sizes, opts.batch_size, large):
-            images = {}
-            for job in batch:
-                try:
-                    images[job] = np.asarray(read_rgb(job.source))
-                except UserError as error:
-                    errors.append(str(error))
-            found = predictor.segment(list(images.values()), view, opts.scores)
-            for (job, image), result in zip(images.items(), found, strict=True):
-                write(predictor, targets(job, opts.out), image, result)
+            errors += segment(predictor, batch, view, opts)
             shown.update(len(batch))
+    return errors
+
+
+def segment(
+    predictor: Predictor, batch: Sequence[Job], view: View, opts: argparse.Namespace
+) -> list[str]:
+    """Segment images of one size and write the results; returns a line for each that failed.
+
+    A name too long for the results is the affair of its image alone; any other failure to write
+    would meet the next image, too, and is raised.
+    """
+    errors: list[str] = []
+    images: dict[Job, np.ndarray] = {}
+    for job in batch:
+        try:
+            images[job] = np.asarray(read_rgb(job.source))
+        except UserError as error:
+            errors.append(str(error))
+    found = predictor.segment(list(images.values()), view, opts.scores)
+    for (job, image), result in zip(images.items(), found, strict=True):
+        try:
+            write(predictor, targets(job, opts.out), image, result)
+        except UserError as error:
+            if getattr(error.__cause__, "errno", None) != errno.ENAMETOOLONG:
+                raise
+            errors.append(f"{job.source}: File name too long for its results: rename it")
     return errors
 
 

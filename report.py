@@ -31,7 +31,7 @@ from engine.comparison import (
 )
 from engine.tables import as_csv, as_markdown, as_text, title_of
 from utils import streams
-from utils.errors import UserError
+from utils.errors import UserError, in_a_line
 from utils.flags import Parser
 from utils.pictures import Curves, Point, chart_kind, save_charts
 
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if opts.plot:
             draw(table, opts.plot)
             print(f"plot: {opts.plot}", file=sys.stderr)  # the table may go into a file
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {in_a_line(error)}", file=sys.stderr)
         return 1
     print({"text": as_text, "markdown": as_markdown, "csv": as_csv}[opts.format](table), end="")
     return 0

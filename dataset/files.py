@@ -10,6 +10,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from utils.errors import UserError
+from utils.images import to_rgb
 
 
 class Sample(NamedTuple):
@@ -140,9 +141,11 @@ def _stems(tree: Tree, folder: str, end: str) -> set[str]:
 
 
 def read_image(path: str) -> Image.Image:
-    """The decoded JPEG or PNG as RGB. Raises UserError naming a file that cannot be decoded."""
-    image, _ = decode(path, ("JPEG", "PNG"))
-    return image if image.mode == "RGB" else image.convert("RGB")
+    """The decoded JPEG or PNG as RGB, as predict.py sees it, but as its pixels lie.
+
+    Raises UserError naming a file that cannot be decoded.
+    """
+    return to_rgb(decode(path, ("JPEG", "PNG"))[0])
 
 
 def read_mask(path: str) -> Image.Image:

@@ -30,7 +30,7 @@ from modules.structures import STRUCTURES
 from segmentation_module import IncrementalSegmentationModule, load_state, make_model
 from tasks import check_step
 from utils.errors import UserError
-from utils.images import Picture, as_pixels
+from utils.pixels import Picture, as_pixels
 
 log = logging.getLogger(__name__)
 

@@ -44,7 +44,7 @@ from engine.resume import load_resumed
 from engine.tables import as_text
 from utils import distributed, workers
 from utils.compiled import check_compiler, reset_compiler
-from utils.errors import UserError
+from utils.errors import UserError, in_a_line
 from utils.files import check_writable
 from utils.lock import run_lock
 from utils.logger import Logger, setup_console
@@ -67,7 +67,9 @@ def execute(plans: Sequence[Plan], argv: Sequence[str] = ()) -> int:
         print("interrupted", file=sys.stderr)
         distributed.shutdown(failed=True)
         return 128 + signal.SIGINT
-    except (UserError, distributed.PeerStopped, RuntimeError, OSError, EOFError) as error:
+    except (
+        UserError, distributed.PeerStopped, RuntimeError, OSError, EOFError, MemoryError
+    ) as error:  # fmt: skip
         if debug:
             log.exception("stopped")
         if not isinstance(error, distributed.PeerStopped):  # rank 0 says itself why it stopped
@@ -236,6 +238,8 @@ def explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU has no memory left: lower --batch_size, or see docs/questions.md"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "no memory left: lower --crop_size, --batch_size or --num_workers"
     if distributed.lost_peer(error):
         return "another process of this run is gone, see what it said"
     if workers.lost(error):
@@ -243,6 +247,5 @@ def explain(error: Exception) -> str | None:
     if "Too many open files" in str(error):
         return "no more files may be opened: raise the limit (ulimit -n), or lower --num_workers"
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"the system refuses, {where}{error.strerror}; --debug shows where in the program"
+        return f"{in_a_line(error)}; --debug shows where in the program"
     return None

@@ -156,6 +156,7 @@ def test_a_checkpoint_of_the_reference_is_told_what_it_is(tmp_path, capsys):
         ("folder.onnx", "is a folder"),
         ("file/model.onnx", "cannot write to"),
         ("same.pt2", "is the checkpoint"),
+        ("x" * 300 + ".pt2", "File name too long"),
     ],
 )
 def test_what_cannot_be_written_ends_in_a_line(ckpt, tmp_path, capsys, out: str, words: str):
@@ -175,6 +176,16 @@ def test_what_is_no_checkpoint_ends_in_a_line(tmp_path, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert name in line
     assert not (tmp_path / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("name", ["gone.pth", "x" * 300])
+def test_checkpoints_that_cannot_be_end_in_a_line(tmp_path, capsys, name: str):
+    (tmp_path / "loop.pt2").symlink_to("loop.pt2")  # no reason to refuse: it is replaced
+    assert run(tmp_path / name, tmp_path / "loop.pt2") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert name in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])

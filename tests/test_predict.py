@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from modules.norm import get_norm
 from predict import main
 from segmentation_module import make_model
 from tests.checkpoints import FLAGS, SEEN, picture, write_checkpoint
+from tests.reliability.test_hostile import no_hang
 from utils.pictures import overlay, palette
 
 
@@ -32,6 +34,12 @@ def run(ckpt: Path, out: Path, *arguments: object) -> int:
 
 def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def one_line(error: str) -> str:
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
 
 
 # --- the whole program ---
@@ -112,6 +120,31 @@ def test_broken_files_are_named_and_the_others_done(ckpt, tmp_path, capsys):
     assert "3 of 6 images segmented" in captured.out
 
 
+def test_what_never_ends_is_no_image(ckpt, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "in/pipe.png")
+    (tmp_path / "in/zero.png").symlink_to("/dev/zero")
+    (tmp_path / "in/gone.png").symlink_to("nowhere")
+    picture(64, 64).save(tmp_path / "in/x.png")
+    with no_hang():
+        assert run(ckpt, tmp_path / "out", tmp_path / "in") == 1
+        assert "gone.png cannot be read" in one_line(capsys.readouterr().err)
+        assert run(ckpt, tmp_path / "out", tmp_path / "in/pipe.png") == 1
+    assert "pipe.png is no file" in one_line(capsys.readouterr().err)
+    assert files(tmp_path / "out/masks") == ["x.png"]
+
+
+def test_a_name_too_long_for_results_is_named_and_the_others_done(ckpt, tmp_path, capsys):
+    for name in ("a", "x" * 250, "z"):
+        picture(64, 64).save(tmp_path / f"{name}.png")
+    assert run(ckpt, tmp_path / "out", tmp_path) == 1
+    captured = capsys.readouterr()
+    assert "xx.png: File name too long for its results: rename it" in one_line(captured.err)
+    assert "2 of 3 images segmented" in captured.out
+    made = ["masks/a.png", "masks/z.png", "overlays/a.jpg", "overlays/z.jpg"]
+    assert files(tmp_path / "out") == made
+
+
 def test_its_own_results_are_no_input_and_inputs_stay(ckpt, tmp_path, capsys):
     picture(64, 64).save(tmp_path / "x.png")
     for _ in range(2):  # the second time the results lie in the input folder
@@ -120,6 +153,24 @@ def test_its_own_results_are_no_input_and_inputs_stay(ckpt, tmp_path, capsys):
     before = (tmp_path / "masks/x.png").read_bytes()
     assert run(ckpt, tmp_path, tmp_path / "masks/x.png") == 1
     assert "is an input: choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "masks/x.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "described"),
+    [("images", True), ("x.png", True), ("images", False), ("images/x.png", False)],
+)
+def test_true_masks_of_a_data_set_stay(ckpt, tmp_path, given, described, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "load_predictor", None)  # refused before anything is computed
+    for name in ("images/x.png", "masks/x.png", "x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(64, 64).save(tmp_path / name)
+    before = (tmp_path / "masks/x.png").read_bytes()
+    if described:
+        (tmp_path / "dataset.json").write_text("{}")
+    assert run(ckpt, tmp_path, tmp_path / given) == 1
+    error = one_line(capsys.readouterr().err)
+    assert "holds a data set, whose masks could be lost: choose another --out" in error
     assert (tmp_path / "masks/x.png").read_bytes() == before
 
 
@@ -141,6 +192,11 @@ def test_several_folders_keep_their_names_and_clashes_are_refused(ckpt, tmp_path
     ("arguments", "message"),
     [
         (["gone.png"], "no image or folder gone.png: check the name"),
+        (["loop.png"], "no image or folder loop.png: check the name"),
+        (["links"], "links/loop.png cannot be read ("),
+        (["x" * 300], "the system refuses, " + "x" * 300 + ": File name too long"),
+        (["x.png", "--ckpt", "x" * 300], "File name too long"),
+        (["x.png", "--out", "loop.png"], "cannot write loop.png/masks/x.png: "),
         (["."], "no picture in ."),
         (["x.png", "--scales", "0"], "--scales: 0 is out of range (at least 0.1, at most 10)"),
         (["x.png", "--batch_size", "0"], "--batch_size: 0 is out of range (at least 1)"),
@@ -154,6 +210,9 @@ def test_what_cannot_work_is_one_line(ckpt, tmp_path, arguments, message, capsys
     monkeypatch.chdir(tmp_path)
     if arguments[0] != ".":
         picture(64, 64).save("x.png")
+        Path("links").mkdir()
+        for place in ("loop.png", "links/loop.png"):
+            Path(place).symlink_to("loop.png")
     assert run(ckpt, Path("out"), *arguments) == 1
     captured = capsys.readouterr()
     assert message in captured.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 from itertools import product
@@ -421,6 +422,7 @@ def test_curves_of_one_name_are_told_apart(tmp_path):
     ("path", "message"),
     [
         ("gone", "no result file or folder"),
+        ("x" * 300, "the system refuses, " + "x" * 300 + ": File name too long"),
         (".", "no per-class result file in the folder .:"),
         ("results/voc-15-5-agg.csv", "no per-class result file in results/voc-15-5-agg.csv"),
         ("voc-15-5-ov.csv", "no per-class result file in the folder voc-15-5-ov.csv:"),
@@ -450,3 +452,13 @@ def test_what_a_terminal_would_obey_is_shown_as_escapes(tmp_path, capsys):
         assert r"\x1b[2Jr" in printed
         assert r"\tF" in printed
         assert all(line.isprintable() for line in printed.splitlines())
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, capsys, monkeypatch):
+    def refuse(files):
+        raise PermissionError(errno.EACCES, "Permission denied", "a\nb.csv")
+
+    put_15_5(tmp_path)
+    monkeypatch.setattr("report.collect", refuse)
+    assert main([str(tmp_path / "results")]) == 1
+    assert capsys.readouterr().err == "error: the system refuses, a b.csv: Permission denied\n"

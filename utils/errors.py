@@ -30,3 +30,11 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         _, _, tail = message.rpartition("UserError: ")
         super().__init__(printable(" ".join(tail.split())))
+
+
+def in_a_line(error: UserError | OSError) -> str:
+    """What a program says of an error as it ends: the cure, or what the system refuses."""
+    if isinstance(error, UserError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return str(UserError(f"the system refuses, {where}{error.strerror or error}"))

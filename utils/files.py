@@ -22,6 +22,11 @@ def is_file_name(name: object) -> bool:
         return False
 
 
+def real(path: Path) -> Path:
+    """`path.resolve()` that a link to itself does not stop: it is left as it is."""
+    return Path(os.path.realpath(path))
+
+
 def check_writable(folder: Path) -> None:
     """UserError unless files can be made in a folder or, if it is missing, the folder itself."""
     there = folder
@@ -64,7 +69,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Yield a seekable binary file that takes the place of `path` once it is complete.
 
     The content goes to `.<name>.tmp` beside the target, is flushed to the disk and then renamed;
-    missing folders are made. After any exception the target is as it was before.
+    missing folders are made. After any exception the target is as it was before. A link is
+    replaced, what it leads to stays.
 
     Raises:
         UserError: an OSError in here (disk full, no permission), even when the library that wrote

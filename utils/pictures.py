@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import os
 import unicodedata
 import zlib
 from collections import Counter
@@ -123,10 +124,9 @@ def sample_panel(
         total += LINE
         figure.text(GAP, total - GAP / 2, _shown(title), **TEXT, **_font([title]))
     picture = _pixels(figure, total)
-    top = total - bottom - height
     for i, tile in enumerate(tiles.values()):
         left = GAP + i * column + (column - GAP - width) // 2
-        picture[top : top + height, left : left + width] = tile
+        picture[total - bottom - height : total - bottom, left : left + width] = tile
     return picture
 
 
@@ -279,8 +279,7 @@ def _charts(charts: Mapping[str, Sequence[Curves]], ylabel: str) -> Figure:
 
 def _styles(runs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
     """How to draw the run of each label and method."""
-    styles = {}
-    drawn: Counter[str] = Counter()
+    styles, drawn = {}, Counter[str]()
     for label, method in runs:
         color = METHOD_COLORS.get(method) or OTHER_COLORS[zlib.crc32(method.encode()) % 5]
         dashes, marker = DASHES[drawn[color] % 4], MARKERS[drawn[color] % 5]
@@ -296,6 +295,7 @@ def _styles(runs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, 
 def _matplotlib() -> Any:
     """matplotlib, imported here because that takes half a second and most runs draw nothing."""
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of where it keeps caches
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may be missing here: no import then
     import matplotlib.backends.backend_agg
     import matplotlib.figure
     import matplotlib.font_manager

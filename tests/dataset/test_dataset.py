@@ -18,11 +18,13 @@ from dataset.ade import ADE
 from dataset.build import build_datasets, hold_out
 from dataset.catalog import DATASETS, get_spec
 from dataset.draws import AUGMENT, generator
+from dataset.files import read_image
 from dataset.incremental import IncrementalSegmentation, collate, label_map
 from dataset.sampler import EvalBatchSampler, TrainBatchSampler
 from dataset.transform import EvalTransform
 from dataset.voc import VOC
 from tasks import get_task
+from tests.checkpoints import picture
 from tests.trees import (
     GOLDEN,
     PHOTOGRAPHS,
@@ -33,6 +35,7 @@ from tests.trees import (
     write_pair,
 )
 from utils.errors import UserError
+from utils.images import read_rgb
 
 LABEL_MAPS = json.loads((GOLDEN / "label_maps.json").read_text())
 TASK = get_task("voc", "15-5")
@@ -140,6 +143,26 @@ def test_ade_is_sorted_by_name_and_ignores_label_zero(tmp_path):
     rows = [sorted(set(labels.flatten().tolist())) for _, labels in read_all(root, spec=ADE)]
     assert rows == [[5, 255], [2, 150], [7]]
     assert len(ADE.find_samples(root, "val")) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("L", "PNG"), ("P", "PNG"),
+     ("1", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG"), ("clear", "PNG")],
+)  # fmt: skip
+def test_training_and_prediction_see_the_same_pixels(tmp_path, mode, kind):
+    image = picture(24, 16)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    elif mode == "clear":
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "x", kind)
+    read = np.asarray(read_image(str(tmp_path / "x")))
+    assert np.array_equal(read, np.asarray(read_rgb(tmp_path / "x")))
+    plain = np.asarray(Image.open(tmp_path / "x").convert("RGB"))
+    assert np.array_equal(read, plain) == (mode not in ("I;16", "clear"))
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ import sys
 import time
 from contextlib import suppress
 
+import numpy as np
 import pytest
 
 import run
 from dataset.splits import training_indices
 from dataset.voc import VOC
+from engine import session
 from engine.session import explain
 from tasks import get_task
 from tests.conftest import ROOT
@@ -207,9 +209,21 @@ def test_a_split_list_that_never_ends(toy, tmp_path, kind):
         (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "/x/y: Permission denied"),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "a data worker was"),
         (EOFError(), "a data worker was killed"),
+        (MemoryError(), "no memory left: lower --crop_size"),
+        (MemoryError("Caught MemoryError in DataLoader worker process 0."), "no memory left"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you ..."), "no memory left"),
         (RuntimeError("a slip of the program"), None),
     ],
 )
 def test_what_the_system_refuses_is_a_line(error, word):
     line = explain(error)
     assert line is None if word is None else word in line
+
+
+def test_a_want_of_memory_is_a_line(monkeypatch, capsys):
+    def greedy(plans, argv):
+        np.empty(2**55)
+
+    monkeypatch.setattr(session, "learn_all", greedy)
+    assert run.main(["--no-pretrained"]) == 1
+    assert capsys.readouterr().err.startswith("error: no memory left: lower --crop_size")

@@ -32,6 +32,28 @@ def test_replaces_the_target_and_leaves_nothing_else(tmp_path):
     assert os.listdir(path.parent) == ["file"]
 
 
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
+    """A step 0 that is a link to another run's is learned again: that run keeps its own."""
+    target, link = tmp_path / "file", tmp_path / "link"
+    target.write_bytes(b"old")
+    link.symlink_to("file")
+    with atomic_write(link) as file:
+        file.write(b"new")
+    assert (target.read_bytes(), link.read_bytes()) == (b"old", b"new")
+    assert not link.is_symlink()
+
+
+def test_a_linked_folder_and_a_link_to_itself(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "linked").symlink_to("disk")
+    (tmp_path / "disk/loop").symlink_to("loop")
+    for name in ("new/file", "loop"):
+        with atomic_write(tmp_path / "linked" / name) as file:
+            file.write(b"new")
+        assert (tmp_path / "disk" / name).read_bytes() == b"new"
+    assert (tmp_path / "linked").is_symlink()
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_keeps_the_target(tmp_path, error):
     path = tmp_path / "file"

@@ -508,7 +508,10 @@ def test_figures_are_the_same_in_every_thread():
     assert all(np.array_equal(job.result(), expected) for job in jobs)
 
 
-def test_matplotlib_comes_late_without_pyplot_and_without_a_word():
+@pytest.mark.parametrize(
+    "backend", ["qtagg", "module://matplotlib_inline.backend_inline", "no such thing"]
+)
+def test_matplotlib_comes_late_without_pyplot_and_without_a_word(backend):
     code = """
 import logging, sys
 import numpy as np
@@ -519,7 +522,7 @@ assert not any(name.startswith("matplotlib") for name in sys.modules)
 confusion_figure(np.eye(2), ["a", "b"])
 assert "matplotlib.pyplot" not in sys.modules
 """
-    env = {"HOME": "/dev/null", "PATH": os.environ["PATH"], "MPLBACKEND": "qtagg"}
+    env = {"HOME": "/dev/null", "PATH": os.environ["PATH"], "MPLBACKEND": backend}
     command = [sys.executable, "-W", "error::UserWarning", "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -225,3 +225,16 @@ def test_runs_that_finish_together_lose_no_row(tmp_path):
             (name, step) for name in ("a", "b") for step in range(20)
         }
         assert len(rows) == 40
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_behind_a_link_is_written_where_it_lies(tmp_path, there):
+    """On storage that several machines share, for one."""
+    shared = tmp_path / "shared.csv"
+    per_class, _ = result_files(tmp_path, "voc-15-5")
+    per_class.parent.mkdir()
+    per_class.symlink_to("../shared.csv")
+    for step in range(2 if there else 1):
+        write(tmp_path, "voc-15-5", ResultKey("a", "MIB", step, 42), scores_of(4), NAMES)
+    assert per_class.is_symlink()
+    assert len(read_results(shared)) == (2 if there else 1)
