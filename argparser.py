@@ -134,6 +134,7 @@ class Options:
     pretrained: bool | str = flag(
         True, "ImageNet weights at step 0: a file, torchvision to fetch its own, or nothing for "
         "pretrained/<backbone>_iabn_sync.pth.tar", negatable=True, takes_value=True, group="model",
+        resume="identity", step_0=True,
     )  # fmt: skip
     pooling: int = flag(
         None, "pooling window of the head in eval (default crop_size / output_stride)",

@@ -80,6 +80,11 @@ def check_complete(content: Mapping[str, Any], path: Path, cure: str) -> None:
         raise UserError(f"{path} holds no {missing[0]!r} and cannot be resumed: {cure}")
 
 
+def applies(entry: Field[Any], opts: Options) -> bool:
+    """Whether the step reads a flag: some are for step 0 alone."""
+    return opts.step == 0 or not entry.metadata.get("step_0")
+
+
 def check_flags(content: Mapping[str, Any], path: Path, opts: Options) -> None:
     """Compare the flags of a resumed run with those that the checkpoint was written with.
 
@@ -90,7 +95,8 @@ def check_flags(content: Mapping[str, Any], path: Path, opts: Options) -> None:
     entries: list[Field[Any]] = [*flags_of(Options), *flags_of(Method)]
     for entry in sorted(entries, key=lambda entry: entry.name):
         name, resume = entry.name, entry.metadata["resume"]
-        if resume == "free" or name not in theirs or ours[name] == theirs[name]:
+        same = name not in theirs or ours[name] == theirs[name]
+        if resume == "free" or same or not applies(entry, opts):
             continue
         if resume == "identity":
             raise UserError(

@@ -2,7 +2,7 @@
 
 The flags say it themselves: `resume` in their metadata (`utils/flags.py`) is "identity" for what
 makes another run, "warn" for what makes it compute something else, "free" for the rest; `score`
-marks those that change the score of a given network.
+marks those that change the score of a given network, `step_0` those that only step 0 reads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from argparser import Options
 from dataset.catalog import get_spec
-from engine.checkpoint import check_fits, load
+from engine.checkpoint import applies, check_fits, load
 from engine.paths import (
     base_checkpoint,
     checkpoint_path,
@@ -63,7 +63,8 @@ def differences(
 ) -> list[Difference]:
     """Flags of the `kinds` that differ, by name; those unknown to an older file do not."""
     theirs, ours = content.get("options", {}), opts.record()
-    names = sorted(entry.name for entry in all_flags() if entry.metadata["resume"] in kinds)
+    asked = (f for f in all_flags() if f.metadata["resume"] in kinds and applies(f, opts))
+    names = sorted(entry.name for entry in asked)
     return [
         Difference(name, theirs[name], ours[name])
         for name in names
@@ -152,8 +153,6 @@ def _refuse_other(
     if shared:  # methods share what they have in common at step 0
         without = (*_PLACE, "method", "mask", *(n for n in METHOD_FLAGS if n not in _AT_STEP_0))
         check_importances(content, path, opts)
-    if opts.step > 0:
-        without = (*without, "pretrained")
     found = differences(content, opts, kinds, without)
     images = opts.batch_size * distributed.world_size()
     if finished and content.get("images_per_iteration", images) != images:
@@ -296,7 +295,7 @@ def _taken_from(
         theirs, ours = getattr(trained, name), getattr(opts, name)
         matters = score or name in _NETWORK or entry.metadata["resume"] == "identity"
         guessed = name not in known and name not in opts.typed  # a default, not what was used
-        if name == "method" or guessed or not matters or theirs == ours:
+        if name in ("method", "pretrained") or guessed or not matters or theirs == ours:
             continue
         if name not in opts.typed:
             changes[name] = theirs
