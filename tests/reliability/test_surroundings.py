@@ -227,3 +227,15 @@ def test_a_want_of_memory_is_a_line(monkeypatch, capsys):
     monkeypatch.setattr(session, "learn_all", greedy)
     assert run.main(["--no-pretrained"]) == 1
     assert capsys.readouterr().err.startswith("error: no memory left: lower --crop_size")
+
+
+def test_a_result_file_linked_to_where_nothing_can_be_written(finished, toy, capsys):  # noqa: F811
+    """It is told before the training, not after it."""
+    (finished / "plain").write_text("a file")
+    result = finished / "logs" / "results" / f"{SETTING}.csv"
+    result.unlink()
+    result.symlink_to("../../plain/shared.csv")
+    before = snapshot(finished)
+    assert run.main(command(toy, "--name", "n")) == 1
+    assert "plain" in capsys.readouterr().err
+    assert snapshot(finished) == before
