@@ -45,7 +45,7 @@ from engine.tables import as_text
 from utils import distributed, workers
 from utils.compiled import check_compiler, reset_compiler
 from utils.errors import UserError, in_a_line
-from utils.files import check_writable, real
+from utils.files import check_writable, followed
 from utils.lock import run_lock
 from utils.logger import Logger, setup_console
 from utils.results import read_results, result_files
@@ -127,7 +127,7 @@ def check_end(opts: Options) -> None:
     for path in results:
         if path.exists():
             read_results(path)
-    folders = [*{real(path).parent for path in results}, log_folder(opts)]
+    folders = [*{followed(path).parent for path in results}, log_folder(opts)]
     for folder in folders if opts.test else [*folders, own_checkpoint(opts).parent]:
         check_writable(folder)
 

@@ -27,6 +27,11 @@ def real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def followed(path: Path) -> Path:
+    """Where a link leads; any other path as it is, also in a working directory that is gone."""
+    return real(path) if path.is_symlink() else path
+
+
 def check_writable(folder: Path) -> None:
     """UserError unless files can be made in a folder or, if it is missing, the folder itself."""
     there = folder

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from utils.errors import UserError, printable
-from utils.files import atomic_write, real
+from utils.files import atomic_write, followed
 
 NO_GROUND_TRUTH = "X"
 LENGTHS = ("train_list", "val_list")
@@ -100,7 +100,7 @@ def row_name(row: Mapping[str, object]) -> str:
 def _put(path: Path, key: ResultKey, values: Mapping[str, str]) -> None:
     """Writes the row at its place among the rows of `path`, whose columns stay and may grow."""
     new = {name: str(value) for name, value in asdict(key).items()} | dict(values)
-    path = real(path)  # a link to shared storage stays one
+    path = followed(path)  # a link to shared storage stays one
     # Other runs write here too: reading happens under the lock that atomic_write holds.
     with atomic_write(path) as file:
         rows = _rows(path) if path.exists() else []
