@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from argparse import ArgumentTypeError
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import Field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from utils import checkpoint
 from utils.checkpoint import first_not_finite, load_file, strip_module_prefix
 from utils.errors import UserError
 from utils.files import is_file_name
-from utils.flags import flags_of
+from utils.flags import OnResume, flags_of
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,35 @@ def check_complete(content: Mapping[str, Any], path: Path, cure: str) -> None:
         raise UserError(f"{path} holds no {missing[0]!r} and cannot be resumed: {cure}")
 
 
-def applies(entry: Field[Any], opts: Options) -> bool:
+class Difference(NamedTuple):
+    """A flag that a checkpoint was written with and that is another now."""
+
+    name: str
+    theirs: Any
+    ours: Any
+
+
+def all_flags() -> list[Field[Any]]:
+    """The flags of a run and of its method."""
+    return [*flags_of(Options), *flags_of(Method)]
+
+
+def differences(
+    content: Mapping[str, Any], opts: Options, kinds: Iterable[OnResume],
+    without: Collection[str] = (),
+) -> list[Difference]:  # fmt: skip
+    """Flags of the `kinds` that differ, by name; those unknown to an older file do not."""
+    theirs, ours = content.get("options", {}), opts.record()
+    asked = (f for f in all_flags() if f.metadata["resume"] in kinds and _applies(f, opts))
+    names = sorted(entry.name for entry in asked)
+    return [
+        Difference(name, theirs[name], ours[name])
+        for name in names
+        if name not in without and name in theirs and theirs[name] != ours[name]
+    ]
+
+
+def _applies(entry: Field[Any], opts: Options) -> bool:
     """Whether the step reads a flag: some are for step 0 alone."""
     return opts.step == 0 or not entry.metadata.get("step_0")
 
@@ -91,20 +119,13 @@ def check_flags(content: Mapping[str, Any], path: Path, opts: Options) -> None:
     UserError where they make it another run (method, seed, terms); a warning in the log where they
     make it compute something else from here on.
     """
-    theirs, ours = content["options"], opts.record()
-    entries: list[Field[Any]] = [*flags_of(Options), *flags_of(Method)]
-    for entry in sorted(entries, key=lambda entry: entry.name):
-        name, resume = entry.name, entry.metadata["resume"]
-        same = name not in theirs or ours[name] == theirs[name]
-        if resume == "free" or same or not applies(entry, opts):
-            continue
-        if resume == "identity":
-            raise UserError(
-                f"{path} is of a run with --{name} {theirs[name]}, this one has {ours[name]}: "
-                "give this run another --name, or leave out --continue_ckpt"
-            )
-        log.warning("%s was written with --%s %s, going on with %s",
-                    path, name, theirs[name], ours[name])  # fmt: skip
+    for name, theirs, ours in differences(content, opts, ("identity",)):
+        raise UserError(
+            f"{path} is of a run with --{name} {theirs}, this one has {ours}: "
+            "give this run another --name, or leave out --continue_ckpt"
+        )
+    for name, theirs, ours in differences(content, opts, ("warn",)):
+        log.warning("%s was written with --%s %s, going on with %s", path, name, theirs, ours)
 
 
 def check_fits(
@@ -194,7 +215,7 @@ def _wrong_option(options: dict[str, Any] | None, steps: int) -> str:
         "method": method is None or (isinstance(method, str) and method in METHODS),
         "step": type(step) is int and step >= 0 and steps in (0, step + 1),
     }
-    for entry in (*flags_of(Options), *flags_of(Method)):
+    for entry in all_flags():
         known = own.get(entry.name)
         right = known if known is not None else _could_be_typed(entry, options.get(entry.name))
         if entry.name in options and not right:

@@ -8,15 +8,15 @@ marks those that change the score of a given network, `step_0` those that only s
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import Field, asdict, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from argparser import Options
 from dataset.catalog import get_spec
-from engine.checkpoint import applies, check_fits, load
+from engine.checkpoint import Difference, check_fits, differences, load
 from engine.paths import (
     base_checkpoint,
     checkpoint_path,
@@ -27,7 +27,6 @@ from engine.paths import (
     tested_checkpoint,
 )
 from methods.table import FLAGS as METHOD_FLAGS
-from methods.table import Method
 from tasks import Task
 from utils import distributed
 from utils.checkpoint import checksum
@@ -43,33 +42,6 @@ _AT_STEP_0 = ("bce", "fix_bn", "freeze")  # what is left of a method there, see 
 _NETWORK = ("backbone", "output_stride", "norm_act")
 
 NEW, CONCLUDED, DONE = "new", "concluded", "done"
-
-
-class Difference(NamedTuple):
-    """A flag that a checkpoint was written with and that is another now."""
-
-    name: str
-    theirs: Any
-    ours: Any
-
-
-def all_flags() -> list[Field[Any]]:
-    """The flags of a run and of its method."""
-    return [*flags_of(Options), *flags_of(Method)]
-
-
-def differences(
-    content: Mapping[str, Any], opts: Options, kinds: Iterable[OnResume], without: Collection[str]
-) -> list[Difference]:
-    """Flags of the `kinds` that differ, by name; those unknown to an older file do not."""
-    theirs, ours = content.get("options", {}), opts.record()
-    asked = (f for f in all_flags() if f.metadata["resume"] in kinds and applies(f, opts))
-    names = sorted(entry.name for entry in asked)
-    return [
-        Difference(name, theirs[name], ours[name])
-        for name in names
-        if name not in without and name in theirs and theirs[name] != ours[name]
-    ]
 
 
 def state_for_all(opts: Options) -> str:
@@ -133,7 +105,7 @@ def _refuse_other_teacher(
 ) -> None:
     """UserError where a finished step began from another step before than the one that is there."""
     learned_from = content.get("teacher_checksum")  # older programs kept none
-    before = previous_checkpoint(opts, task)[0] if opts.step > 0 else path
+    before, _ = previous_checkpoint(opts, task)
     if learned_from is None or not before.exists():
         return
     if learned_from != _weights_of(before, before.stat().st_mtime_ns):
@@ -295,7 +267,8 @@ def _taken_from(
         theirs, ours = getattr(trained, name), getattr(opts, name)
         matters = score or name in _NETWORK or entry.metadata["resume"] == "identity"
         guessed = name not in known and name not in opts.typed  # a default, not what was used
-        if name in ("method", "pretrained") or guessed or not matters or theirs == ours:
+        settled = name == "method" or entry.metadata.get("step_0")  # by the caller; long ago
+        if settled or guessed or not matters or theirs == ours:
             continue
         if name not in opts.typed:
             changes[name] = theirs

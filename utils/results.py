@@ -161,7 +161,6 @@ def _value(path: Path, row: Mapping[str, str], column: str) -> str | int | float
     text = row[column]
     if column in ("name", "method", *KINDS):
         return text
-    problem = f"{column} is {text!r} in the row {row_name(row)}"
     try:
         if column in ("step", "seed"):
             return int(text)
@@ -169,7 +168,11 @@ def _value(path: Path, row: Mapping[str, str], column: str) -> str | int | float
             return math.nan if text else None
         value = float(text)
     except ValueError:
-        raise _damaged(path, problem) from None
+        raise _wrong_cell(path, row, column) from None
     if CLASS_COLUMN.match(column) and not (math.isnan(value) or 0 <= value <= 1):
-        raise _damaged(path, f"{problem}, an IoU is from 0 to 1")
+        raise _wrong_cell(path, row, column, ", an IoU is from 0 to 1")
     return value
+
+
+def _wrong_cell(path: Path, row: Mapping[str, str], column: str, why: str = "") -> UserError:
+    return _damaged(path, f"{column} is {row[column]!r} in the row {row_name(row)}{why}")

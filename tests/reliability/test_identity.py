@@ -14,7 +14,7 @@ import torch
 import run
 import segmentation_module
 from argparser import Options
-from engine.identity import all_flags
+from engine.checkpoint import all_flags
 from tests.reliability import child
 from tests.reliability.harness import FLAGS, SETTING, checkpoint_path, difference
 from tests.reliability.test_hostile import snapshot

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from engine import checkpoint
-from engine.identity import all_flags
+from engine.checkpoint import all_flags
 from tests.reliability.harness import checkpoint_path, difference
 from utils.errors import UserError
 
